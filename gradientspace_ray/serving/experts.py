@@ -1,0 +1,89 @@
+"""The experts deployment: one base model, and the experts in its slots."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+from ray import serve
+
+from gradientspace_ray.engine.sampling import Sampling
+from gradientspace_ray.engine.scheduler import Engine, PromptTooLongError
+from gradientspace_ray.engine.slots import AdapterFiles, Slots
+from gradientspace_ray.examples.rendering import Renderer, RenderingError
+from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
+from gradientspace_ray.registry import read_registry
+from gradientspace_ray.run import RunDirectory
+from gradientspace_ray.serving.messages import Delta, Generation, Refused, Started
+
+
+class Experts:
+    """Generates with the adapter that the request's multiplexed model id names (`name@digest`; none is the base).
+
+    Serve's multiplexing only steers requests to a replica that holds the adapter: what it holds here is the adapter's
+    folder. It evicts what is in use, so the weights belong to the engine's slots, which count their users.
+    """
+
+    def __init__(self, run_uri: str, device: str, max_slots: int, max_tokens: int) -> None:
+        """Load the base model.
+
+        Args:
+            run_uri: the run directory.
+            device: where the model computes.
+            max_slots: adapters in memory at once.
+            max_tokens: most tokens of one answer.
+        """
+        run = RunDirectory(run_uri)
+        registry = read_registry(run)
+        tokenizer = load_tokenizer(registry.base_model)
+        model = load_base(registry.base_model, registry.dtype, device, attention="sdpa")
+        slots = Slots.like(model, run.fetch(registry.generalist.folder), max_slots)
+        self._engine = Engine(model, tokenizer, slots)
+        self._renderer = Renderer(tokenizer)
+        self._max_tokens = max_tokens
+
+        @serve.multiplexed(max_num_models_per_replica=max_slots)
+        async def hold(adapter_id: str) -> Path:
+            adapter = registry.resolve(adapter_id)
+            if adapter is None:
+                raise ValueError(f"{adapter_id} is not an adapter")
+            return await asyncio.to_thread(run.fetch, adapter.folder)
+
+        self._hold = hold
+
+    async def generate(self, request: Generation) -> AsyncIterator[Started | Refused | Delta]:
+        """One answer: `Started` and then deltas, or `Refused`. Closing the iterator ends the request."""
+        adapter_id = serve.get_multiplexed_model_id()
+        adapter = AdapterFiles(adapter_id, await self._hold(adapter_id)) if adapter_id else None
+        if request.max_tokens is not None and request.max_tokens > self._max_tokens:
+            message = f"this server answers with at most {self._max_tokens} tokens, {request.max_tokens} were asked for"
+            yield Refused(message, None, "max_tokens")
+            return
+        try:
+            prompt_ids = self._renderer.prompt(request.messages)
+        except RenderingError as error:
+            yield Refused(str(error), None, "messages")
+            return
+        sampling = Sampling(
+            max_tokens=request.max_tokens or self._max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            stop=request.stop,
+        )
+        try:
+            self._engine.check(prompt_ids)
+        except PromptTooLongError as error:
+            yield Refused(str(error), "context_length_exceeded", "messages")
+            return
+        yield Started(len(prompt_ids))
+        async with aclosing(self._engine.submit(prompt_ids, sampling, adapter)) as pieces:
+            try:
+                async for piece in pieces:
+                    yield Delta(piece.text, piece.finish_reason, piece.completion_tokens)
+            except ModelError as error:  # a built-in error, or the ingress would import torch to read it
+                raise RuntimeError(str(error)) from error
+
+    async def leases(self) -> dict[str, int]:
+        """Adapter -> number of requests that use it now, for every adapter in memory."""
+        return self._engine.leases()

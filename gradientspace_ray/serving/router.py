@@ -1,0 +1,34 @@
+"""The router deployment: reads prompts in small batches and names an expert for each."""
+
+import asyncio
+from typing import cast
+
+from ray import serve
+
+from gradientspace_ray.examples.rendering import View, prompt_view
+from gradientspace_ray.registry import read_registry
+from gradientspace_ray.router.classifier import Router
+from gradientspace_ray.run import RunDirectory
+from gradientspace_ray.serving.messages import Choice, Message
+
+MAX_BATCH = 32
+MAX_ONGOING_PROMPTS = 4 * MAX_BATCH
+BATCH_WAIT_S = 0.002
+
+
+class PromptRouter:
+    """Prompt -> expert. Prompts that wait at the same time are encoded together."""
+
+    def __init__(self, run_uri: str) -> None:
+        run = RunDirectory(run_uri)
+        self._router = Router.load(run.fetch(read_registry(run).router))
+        self._view = cast(View, self._router.view)
+
+    async def route(self, messages: list[Message]) -> Choice:
+        """The router's decision about one conversation."""
+        return await self._route_batch(prompt_view(messages, self._view))
+
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
+    async def _route_batch(self, prompts: list[str]) -> list[Choice]:
+        decisions = await asyncio.to_thread(self._router.route, prompts)
+        return [Choice(decision.expert, decision.confidence, decision.reason) for decision in decisions]

@@ -1,0 +1,87 @@
+"""The plan of a finetune: which examples each optimizer step sees, and at which learning rate.
+
+Everything here is a pure function of its arguments, so that every worker makes the same plan by itself.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradientspace_ray.examples.packing import plan_batches
+
+FINAL_SHARE = 0.1
+"""Share of the peak at which the cosine ends."""
+
+
+def learning_rate(step: int, total_steps: int, peak: float, warmup_share: float) -> float:
+    """Learning rate of an optimizer step: a linear rise, then a cosine to a tenth of the peak (SGDR, arXiv 1608.03983).
+
+    Args:
+        step: 0 is the first.
+        total_steps: the last step, `total_steps - 1`, has a tenth of the peak.
+        peak: reached at the end of the rise.
+        warmup_share: share of the steps in which it rises.
+    """
+    rising = round(total_steps * warmup_share)
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    progress = (step - rising) / max(1, total_steps - 1 - rising)
+    return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def plan_steps(count: int, examples_per_step: int, epochs: float, seed: int | Sequence[int]) -> list[list[int]]:
+    """The examples of every optimizer step.
+
+    Each epoch is shuffled anew and split into steps of nearly equal size, so that no small last step is as heavy as a
+    whole one. The last epoch of a fractional number ends early.
+
+    Args:
+        count: number of examples.
+        examples_per_step: largest number of examples in a step, over all workers.
+        epochs: passes over the examples; at least one example is seen.
+        seed: decides the order.
+
+    Returns:
+        One list of example indices per step.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if count < 1:
+        raise ValueError("a finetune needs at least one example")
+    steps: list[list[int]] = []
+    remaining = max(1, round(count * epochs))
+    epoch = 0
+    while remaining > 0:
+        order = np.random.default_rng([*np.atleast_1d(seed).tolist(), epoch]).permutation(count)[:remaining]
+        steps += [part.tolist() for part in np.array_split(order, math.ceil(len(order) / examples_per_step))]
+        remaining -= len(order)
+        epoch += 1
+    return steps
+
+
+def plan_rows(
+    step_examples: Sequence[int], lengths: Sequence[int], tokens_per_batch: int, world_rank: int, world_size: int
+) -> list[tuple[list[int], bool]]:
+    """The packed rows of one worker in one optimizer step.
+
+    A worker takes every `world_size`-th example of the step. All workers make equally many backward passes, because
+    under ZeRO 2 and 3 each pass is a collective operation: a worker that has fewer rows, or none, repeats the step's
+    shortest example without counting it.
+
+    Args:
+        step_examples: example indices of the step, over all workers.
+        lengths: tokens of every example.
+        tokens_per_batch: tokens in one row.
+        world_rank: this worker.
+        world_size: number of workers.
+
+    Returns:
+        (example indices, whether they count) of each row.
+    """
+    shares = [step_examples[rank::world_size] for rank in range(world_size)]
+    plans = [plan_batches([lengths[i] for i in share], tokens_per_batch) if share else [] for share in shares]
+    rows = [([shares[world_rank][position] for position in row], True) for row in plans[world_rank]]
+    spare = min(step_examples, key=lambda i: lengths[i])
+    return rows + [([spare], False)] * (max(map(len, plans)) - len(rows))

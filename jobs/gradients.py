@@ -1,0 +1,12 @@
+"""Sketch the per-sample gradients of the training examples.
+
+python jobs/gradients.py RECIPE ... runs up to this stage and skips what is done.
+"""
+
+import sys
+
+from gradientspace_ray.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["run", "--until", "gradients"]
+    main()

@@ -1,0 +1,64 @@
+"""A finetune in plain PyTorch: what the engines and the stages are compared with."""
+
+import math
+
+import numpy as np
+import torch
+from tiny_models import random_causal_lm, tiny_llama_config
+from torch.nn import functional
+
+from gradientspace_ray.models.loading import add_lora
+
+
+def random_examples(count, seed=0, low=0, high=250):
+    """(input_ids, labels) of 6 to 40 tokens; the second half has labels."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(count):
+        input_ids = rng.integers(low, high, rng.integers(6, 40)).tolist()
+        half = len(input_ids) // 2
+        examples.append((input_ids, [-100] * half + input_ids[half:]))
+    return examples
+
+
+def tiny_adapted_model(seed=0):
+    """The tiny Llama with eager attention and a fresh LoRA of rank 4."""
+    model = random_causal_lm(tiny_llama_config(), seed).requires_grad_(False)
+    model.set_attn_implementation("eager")
+    return add_lora(model, rank=4, alpha=8, target_modules="all-linear", seed=seed)
+
+
+def trainable(model):
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def flat_weights(model):
+    return torch.cat([weight.detach().flatten() for weight in trainable(model)])
+
+
+def mean_loss(model, examples):
+    """Mean over the label tokens of all examples, each example in a forward pass of its own."""
+    losses = []
+    for input_ids, labels in examples:
+        logits = model(input_ids=torch.tensor([input_ids])).logits[0, :-1]
+        targets = torch.tensor(labels[1:])
+        losses.append(functional.cross_entropy(logits, targets, reduction="none")[targets != -100])
+    return torch.cat(losses).mean()
+
+
+def plain_training(model, examples, steps, *, peak, warmup_share, weight_decay=0.0, max_grad_norm=1.0):
+    """Linear rise, cosine to a tenth, AdamW, gradient clipping; one worker, no packing. Returns the losses."""
+    optimizer = torch.optim.AdamW(trainable(model), lr=peak, weight_decay=weight_decay)
+    rising = round(len(steps) * warmup_share)
+    losses = []
+    for index, step in enumerate(steps):
+        progress = (index - rising) / max(1, len(steps) - 1 - rising)
+        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = peak * ((index + 1) / (rising + 1) if index < rising else cosine)
+        loss = mean_loss(model, [examples[i] for i in step])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable(model), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

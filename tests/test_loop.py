@@ -1,0 +1,161 @@
+"""One worker's steps, and several workers' with a real DeepSpeed engine, against a loop in plain PyTorch."""
+
+import os
+import socket
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from reference_training import flat_weights, plain_training, random_examples, tiny_adapted_model, trainable
+
+from gradientspace_ray.models.attention import SEGMENTED
+from gradientspace_ray.models.loading import load_adapter
+from gradientspace_ray.recipe import TrainingSection
+from gradientspace_ray.registry import adapter_digest
+from gradientspace_ray.training.checkpoints import TrainingRecord, save
+from gradientspace_ray.training.loop import TokenLosses, TrainingError, train
+from gradientspace_ray.training.schedule import plan_steps
+
+EXAMPLES = random_examples(24)
+STEPS = plan_steps(24, 5, 4, 0)
+STEPS[3] = STEPS[3][:1]  # with two workers, one has nothing to do in this step
+SETTINGS = TrainingSection(learning_rate=1e-2, warmup_share=0.1, weight_decay=0.01, max_grad_norm=0.5)
+SCHEDULE = {"peak": SETTINGS.learning_rate, "warmup_share": SETTINGS.warmup_share}
+RECORD = TrainingRecord(
+    key="0", name="x", examples=1, tokens=1, steps=1, seconds=0, workers=1, zero_stage=0, losses=[1.0]
+)
+
+
+class PlainEngine:
+    """AdamW and gradient clipping on one process: the least that the loop can run on."""
+
+    def __init__(self, module):
+        self.module = module
+        self.optimizer = torch.optim.AdamW(trainable(module), weight_decay=SETTINGS.weight_decay)
+
+    def __call__(self, packed):
+        return self.module(packed)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        torch.nn.utils.clip_grad_norm_(trainable(self.module), SETTINGS.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def plain_losses_and_weights(steps):
+    model = tiny_adapted_model()
+    losses = plain_training(
+        model, EXAMPLES, steps, **SCHEDULE, weight_decay=SETTINGS.weight_decay, max_grad_norm=SETTINGS.max_grad_norm
+    )
+    return losses, flat_weights(model)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return plain_losses_and_weights(STEPS)
+
+
+def segmented_model():
+    model = tiny_adapted_model()
+    model.set_attn_implementation(SEGMENTED)
+    return model
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 60, 4096])
+def test_losses_and_weights_are_those_of_a_plain_loop(reference, tokens_per_batch):
+    model = segmented_model()
+    outcome = train(PlainEngine(TokenLosses(model)), EXAMPLES, STEPS, **SCHEDULE, tokens_per_batch=tokens_per_batch)
+    assert len(outcome.losses) == 20
+    np.testing.assert_allclose(outcome.losses, reference[0], atol=1e-4)
+    torch.testing.assert_close(flat_weights(model), reference[1], atol=1e-4, rtol=0)
+    assert outcome.tokens == sum(len(EXAMPLES[i][0]) for step in STEPS for i in step)
+
+
+def test_progress_is_reported_after_every_step():
+    reports = []
+    engine = PlainEngine(TokenLosses(segmented_model()))
+    outcome = train(
+        engine, EXAMPLES, STEPS[:3], **SCHEDULE, tokens_per_batch=64, on_step=lambda *report: reports.append(report)
+    )
+    assert reports == [(step + 1, 3, loss) for step, loss in enumerate(outcome.losses)]
+
+
+def test_a_loss_that_is_not_finite_stops_before_its_update():
+    model = segmented_model()
+    engine = PlainEngine(TokenLosses(model))
+    with torch.no_grad():
+        trainable(model)[0][0, 0] = torch.nan
+    before = flat_weights(model)
+    with pytest.raises(TrainingError, match=r"loss is nan at step 1 of 20 \(learning rate 0\.0033\)"):
+        train(engine, EXAMPLES, STEPS, **SCHEDULE, tokens_per_batch=64)
+    torch.testing.assert_close(flat_weights(model), before, equal_nan=True)
+
+
+def test_a_step_without_label_tokens_is_an_error():
+    engine = PlainEngine(TokenLosses(segmented_model()))
+    with pytest.raises(TrainingError, match="step 1 has no label tokens"):
+        train(engine, [([5, 6, 7], [5, -100, -100])], [[0]], **SCHEDULE, tokens_per_batch=64)
+
+
+def test_saved_adapter_has_the_weights_and_the_same_digest_every_time(tmp_path):
+    model = segmented_model()
+    save(model, RECORD, tmp_path / "a")
+    save(model, RECORD, tmp_path / "b")
+    assert adapter_digest(tmp_path / "a") == adapter_digest(tmp_path / "b")
+    assert TrainingRecord.model_validate_json((tmp_path / "a" / "training.json").read_text()) == RECORD
+    again = load_adapter(tiny_adapted_model(seed=0).unload(), tmp_path / "a", trainable=True)
+    assert torch.equal(flat_weights(again), flat_weights(model))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = segmented_model()
+    with torch.no_grad():
+        trainable(model)[3][0, 0] = torch.inf
+    with pytest.raises(TrainingError, match="is not finite after 1 steps"):
+        save(model, RECORD, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def _deepspeed_worker(rank, world_size, port, folder):
+    """Train a few steps with every ZeRO stage; rank 0 writes losses and weights."""
+    torch.set_num_threads(1)
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    deepspeed, stage = import_module("deepspeed"), import_module("gradientspace_ray.stages.train")
+    for zero_stage in range(4):
+        model = segmented_model()
+        settings = SETTINGS.model_copy(update={"zero_stage": zero_stage})
+        engine = stage.build_engine(deepspeed, model, trainable(model), settings, "float32")
+        assert engine.zero_optimization_stage() == zero_stage
+        outcome = train(
+            engine, EXAMPLES, STEPS[:8], **SCHEDULE, tokens_per_batch=60, world_rank=rank, world_size=world_size
+        )
+        with deepspeed.zero.GatheredParameters(trainable(model), enabled=zero_stage == 3):
+            if rank == 0:
+                np.savez(folder / f"{zero_stage}.npz", losses=outcome.losses, weights=flat_weights(model).numpy())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_every_zero_stage_on_two_workers_gives_the_losses_and_weights_of_a_plain_loop(tmp_path):
+    losses, weights = plain_losses_and_weights(STEPS[:8])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_deepspeed_worker, (2, port, tmp_path), nprocs=2)
+    for zero_stage in range(4):
+        found = np.load(tmp_path / f"{zero_stage}.npz")
+        np.testing.assert_allclose(found["losses"], losses, atol=1e-4, err_msg=f"ZeRO {zero_stage}")
+        np.testing.assert_allclose(found["weights"], weights, atol=1e-4, err_msg=f"ZeRO {zero_stage}")

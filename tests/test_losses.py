@@ -1,0 +1,86 @@
+"""Token and example losses against plain PyTorch on each example alone."""
+
+import pytest
+import torch
+from test_per_sample import adapted, ragged
+from tiny_models import random_causal_lm, tiny_llama_config
+from torch.nn import functional
+
+from gradientspace_ray.examples.packing import pack
+from gradientspace_ray.models import losses
+from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError
+from gradientspace_ray.models.losses import example_nll, label_nll
+
+
+def reference(model: torch.nn.Module, examples: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    rows = []
+    for ids, labels in examples:
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, :-1]
+        nll = functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="none", ignore_index=-100)
+        rows.append(nll[torch.tensor(labels[1:]) != -100])
+    return rows
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_label_and_example_nll(peft: bool) -> None:
+    model = adapted(r=2) if peft else random_causal_lm(tiny_llama_config())
+    examples = ragged([9, 31, 4, 2])
+    with torch.no_grad():
+        expected = reference(model, examples)
+        (model.get_base_model() if peft else model).set_attn_implementation(SEGMENTED)
+        packed = pack(examples)
+        nll_L = label_nll(model, packed)
+    assert nll_L.dtype == torch.float32
+    torch.testing.assert_close(nll_L, torch.cat(expected), rtol=1e-5, atol=1e-6)
+    for reduction in ("mean", "sum"):
+        ours = example_nll(nll_L, packed.label_examples, len(examples), reduction)
+        torch.testing.assert_close(ours, torch.stack([getattr(row, reduction)() for row in expected]))
+
+
+def test_example_without_labels_is_nan_or_zero() -> None:
+    nll_L, owners_L = torch.tensor([1.0, 3.0]), torch.tensor([2, 2])
+    assert example_nll(nll_L, owners_L, 3, "sum").tolist() == [0, 0, 4]
+    assert example_nll(nll_L, owners_L, 3).isnan().tolist() == [True, True, False]
+
+
+def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(23, 50, generator=generator).requires_grad_()
+    labels = torch.randint(50, (23,), generator=generator)
+    weights = torch.rand(23, generator=generator)
+
+    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        nll = losses._cross_entropy(logits, labels)
+        return nll, torch.autograd.grad((nll * weights).sum(), logits)[0]
+
+    whole = loss_and_gradient()
+    monkeypatch.setattr(losses, "MAX_CHUNK_ELEMENTS", 50 * 4)
+    torch.testing.assert_close(loss_and_gradient(), whole)
+
+
+def test_head_runs_at_label_positions_only() -> None:
+    model = adapted(r=2)
+    rows = []
+    model.get_base_model().lm_head.register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0].shape[1]))
+    packed = pack(ragged([20, 30]))
+    label_nll(model, packed)
+    assert rows == [len(packed.label_ids)]
+    assert rows[0] < 48
+
+
+def test_bfloat16_autocast_is_close_and_float32() -> None:
+    model = adapted(r=2)
+    packed = pack(ragged([20, 30]))
+    with torch.no_grad():
+        exact, rounded = label_nll(model, packed), label_nll(model, packed, torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
+
+
+def test_a_model_that_computes_all_logits_is_refused() -> None:
+    model = adapted(r=2)
+    base = model.get_base_model()
+    forward = base.forward
+    base.forward = lambda *args, logits_to_keep=None, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(UnsupportedModelError, match="ignores logits_to_keep"):
+        label_nll(model, pack(ragged([20, 30])))

@@ -1,0 +1,151 @@
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.neighbors import NearestNeighbors
+from synthetic_run import synthetic_recipe, synthetic_run
+
+from gradientspace_ray.report import figures
+from gradientspace_ray.report.figures import Cell, Range
+from gradientspace_ray.report.page import ClusterCard, Legend, Map, Page, Typical, render
+from gradientspace_ray.report.projection import project
+from gradientspace_ray.run import RunDirectory
+from gradientspace_ray.stages import report
+
+EVIL = "</svg><script>alert('1')</script>&\"'"
+SVG = "{http://www.w3.org/2000/svg}"
+values = st.floats(-1e3, 1e3, allow_nan=False)
+
+
+def parsed(svg):
+    """The figure as XML; every number in it finite."""
+    assert not re.search(r"\b(nan|inf)\b", svg)
+    return ElementTree.fromstring(svg)
+
+
+def tips(tree):
+    return [node.get("data-tip") for node in tree.iter() if node.get("data-tip")]
+
+
+@given(st.lists(st.tuples(values, st.floats(0, 50), st.floats(0, 50)), min_size=1, max_size=8), st.booleans())
+def test_ranges_keep_their_order_on_the_axis(rows, zero):
+    ranges = [Range(f"row {i}", mean, mean - low, mean + high) for i, (mean, low, high) in enumerate(rows)]
+    tree = parsed(figures.ranges(ranges, "nats", zero))
+    places = [float(circle.get("cx")) for circle in tree.iter(f"{SVG}circle")]
+    order = np.argsort([row.mean for row in ranges], kind="stable")
+    assert np.all(np.diff(np.array(places)[order]) >= 0)
+    assert all(0 <= place <= figures.WIDTH for place in places)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=40), st.floats(0, 1000))
+def test_the_spectrum_shows_the_shares_and_their_sum(singular_values, rest):
+    total = float(np.square(singular_values).sum() + rest)
+    tree = parsed(figures.spectrum(singular_values, total))
+    shown = tips(tree)
+    assert len(shown) == 2 * len(singular_values)
+    captured = np.square(singular_values).sum() / total if total else 0
+    assert shown[-1] == f"first {len(singular_values)} directions: {captured:.2%} of the energy"
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=60), st.floats(0, 1))
+def test_the_histogram_counts_every_prompt(confidences, threshold):
+    tree = parsed(figures.histogram(np.array(confidences), threshold))
+    assert sum(int(tip.split(": ")[1].split()[0]) for tip in tips(tree)) == len(confidences)
+
+
+def test_the_map_places_and_colours_each_example():
+    tree = parsed(figures.scatter(np.array([[0, 0], [1, 1], [0.5, 0.5]]), [0, 1, 13], ["a", "b", EVIL], [2, 2, 0]))
+    dots = list(tree.iter(f"{SVG}circle"))
+    assert [dot.get("style") for dot in dots] == [
+        "--a:var(--c0);--b:var(--c2)",
+        "--a:var(--c1);--b:var(--c2)",
+        "--a:var(--c1);--b:var(--c0)",
+    ]
+    assert dots[2].get("data-tip") == EVIL
+    assert float(dots[0].get("cx")) < float(dots[2].get("cx")) < float(dots[1].get("cx"))
+
+
+def test_figures_escape_what_comes_from_data():
+    for svg in (
+        figures.ranges([Range(EVIL, 1, 0, 2)], EVIL),
+        figures.matrix([EVIL], [EVIL], [[Cell(EVIL, -1, True, EVIL)]], EVIL),
+        figures.bars([(EVIL, 1.0, EVIL)], EVIL),
+    ):
+        parsed(svg)
+        assert "<script" not in svg
+
+
+def test_a_matrix_fits_its_page_whatever_the_names():
+    columns = [f"a-rather-long-expert-name-{index}" for index in range(14)]
+    tree = parsed(figures.matrix(["row"], columns, [[Cell("1.234") for _ in columns]], "losses"))
+    right = [float(rect.get("x")) + float(rect.get("width")) for rect in tree.iter(f"{SVG}rect")]
+    assert max(right) <= figures.WIDTH
+
+
+def test_bars_of_nothing_are_drawn():
+    parsed(figures.bars([("prepare", 0.0, "0 s")], "time"))
+
+
+def test_the_projection_keeps_neighbours():
+    generator = np.random.default_rng(0)
+    groups = np.arange(90) % 3
+    coordinates = generator.normal(size=(90, 12)) * 0.5 + 4 * np.eye(12)[groups]
+    # The length of a gradient says nothing about its direction.
+    coordinates *= generator.uniform(0.1, 10, size=(90, 1))
+    points = project(coordinates, seed=0)
+    assert points.min() == 0
+    assert points.max() == 1
+    neighbours = NearestNeighbors(n_neighbors=6).fit(points).kneighbors(points, return_distance=False)[:, 1:]
+    assert (groups[neighbours] == groups[:, None]).mean() > 0.95
+    np.testing.assert_array_equal(points, project(coordinates, seed=0))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 4), (2, 4), (5, 1), (30, 1), (21, 2)])
+def test_small_runs_are_projected_too(shape):
+    points = project(np.random.default_rng(0).normal(size=shape), seed=0)
+    assert points.shape == (shape[0], 2)
+    assert np.isfinite(points).all()
+
+
+def test_equal_gradients_are_projected():
+    assert np.isfinite(project(np.ones((25, 3)), seed=0)).all()
+    assert np.isfinite(project(np.zeros((5, 3)), seed=0)).all()
+
+
+def test_the_page_escapes_text_and_loads_nothing():
+    card = ClusterCard(EVIL, "var(--c0)", 3, 0.5, terms=(EVIL,), typical=(Typical(EVIL, EVIL),))
+    drawn = Map(svg="<svg></svg>", caption=EVIL, clusters=(Legend(EVIL, "var(--c0)", 0),))
+    html = render(Page(name=EVIL, subtitle=EVIL, summary=EVIL, clusters=(card,), map=drawn, footer=((EVIL, EVIL),)))
+    assert html.count("<script") == 1
+    assert "<svg></svg>" in html
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", html)
+    assert "default-src 'none'" in html
+
+
+def test_a_run_without_results_still_has_a_page(tiny_model_dir, tiny_encoder_dir, tmp_path):
+    recipe = synthetic_recipe(tiny_model_dir, tiny_encoder_dir)
+    empty = RunDirectory(tmp_path / "empty")
+    report.report(recipe, empty)
+    assert "Nothing has been clustered yet" in empty.read_bytes("report.html").decode()
+    run = synthetic_run(tmp_path / "run", tiny_model_dir, single_lora=False)
+    assert "report.html" in report.report(recipe, run).made
+    html = run.read_bytes("report.html").decode()
+    assert '<section id="map">' in html
+    assert '<section id="results">' not in html
+    run.delete("clusters/quality.json")
+    run.delete("sketch/coordinates.parquet")
+    report.report(recipe, run)
+    html = run.read_bytes("report.html").decode()
+    assert "cluster-1" in html
+    assert '<section id="map">' not in html
+
+
+def test_domains_take_the_colour_of_their_cluster():
+    examples = {str(i): {"domain": domain} for i, domain in enumerate(["b", "b", "a", "b", "c"])}
+    clusters = {"0": 0, "1": 0, "2": 1, "3": 1, "4": 1}
+    assert report._ordered_domains(examples, clusters, 2) == ("b", "a", "c")
+    assert report._ordered_domains({"0": {"domain": None}}, {"0": 0}, 1) == ()

@@ -1,0 +1,139 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from gradientspace_ray.router.classifier import (
+    HEAD_FILE,
+    INVERSE_PENALTIES,
+    SETTINGS_FILE,
+    LinearHead,
+    Router,
+    RouterError,
+    RouterSettings,
+    decide,
+    fit_head,
+    load_head,
+    save_router,
+)
+
+
+def clouds(count, experts, width=8, spread=0.6, seed=0):
+    """Unit vectors around one random direction for each expert."""
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(experts, width))
+    labels = np.arange(count) % experts
+    points = centres[labels] / np.linalg.norm(centres[labels], axis=1, keepdims=True)
+    points = points + spread * generator.normal(size=points.shape) / width**0.5
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def settings_for(experts, **changes):
+    labels = tuple(f"expert-{index}" for index in range(experts))
+    values = {"encoder": "e", "view": "conversation", "max_tokens": 64, "labels": labels}
+    return RouterSettings(**{**values, "temperature": 1.0, "threshold": 0.0, **changes})
+
+
+@pytest.mark.parametrize("experts", [2, 3, 5])
+def test_probabilities_are_scikit_learns(experts):
+    points, labels = clouds(90, experts)
+    fit = fit_head(points, labels, experts, seed=0)
+    reference = LogisticRegression(C=fit.inverse_penalty, class_weight="balanced", max_iter=2000)
+    expected = reference.fit(points.astype(np.float64), labels).predict_proba(points.astype(np.float64))
+    ours = torch.softmax(torch.tensor(fit.head.logits(points)), dim=1).numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    assert fit.head.weight_KH.shape == (experts, points.shape[1])
+
+
+def test_heldout_predictions_are_from_heads_that_had_not_seen_the_prompt():
+    points, _ = clouds(60, 2)
+    noise = np.random.default_rng(1).permutation(np.arange(60) % 2)
+    fit = fit_head(points, noise, 2, seed=0)
+    assert (fit.heldout_logits_NK.argmax(1) == noise[fit.heldout_N]).mean() < 0.75
+    assert sorted(fit.heldout_N) == list(range(60))
+    assert fit.inverse_penalty == min(INVERSE_PENALTIES), "labels that are noise want the strongest penalty"
+
+
+def test_separable_experts_are_told_apart():
+    points, labels = clouds(120, 4, spread=0.3)
+    fit = fit_head(points, labels, 4, seed=0)
+    assert (fit.heldout_logits_NK.argmax(1) == labels).mean() > 0.95
+
+
+def test_a_small_expert_is_not_drowned_by_a_large_one():
+    points, labels = clouds(400, 2, spread=0.9)
+    keep = (labels == 0) | (np.arange(400) % 40 == 1)
+    fit = fit_head(points[keep], labels[keep], 2, seed=0)
+    assert (fit.head.logits(points[labels == 1]).argmax(1) == 1).mean() > 0.7
+
+
+def test_one_expert_gives_a_constant_router():
+    points, _ = clouds(10, 1)
+    fit = fit_head(points, np.zeros(10, int), 1, seed=0)
+    decision = decide(fit.head.logits(points[:1]), settings_for(1))[0]
+    assert (decision.expert, decision.confidence, decision.second_best) == ("expert-0", 1.0, None)
+    assert len(fit.heldout_N) == 0
+
+
+def test_an_expert_of_one_example_is_fitted_without_cross_validation():
+    points, labels = clouds(20, 2)
+    keep = [0, *range(1, 20, 2)]
+    fit = fit_head(points[keep], labels[keep], 2, seed=0)
+    assert len(fit.heldout_N) == 0
+    assert np.isfinite(fit.head.logits(points)).all()
+
+
+def test_an_empty_cluster_is_refused():
+    points, labels = clouds(20, 2)
+    with pytest.raises(ValueError, match="cluster stage"):
+        fit_head(points, labels, 3, seed=0)
+
+
+def test_below_the_threshold_the_generalist_serves():
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]]))
+    sure, unsure = decide(logits, settings_for(3, threshold=0.5))
+    assert (sure.expert, sure.reason, sure.second_best) == ("expert-0", "routed", "expert-1")
+    assert sure.confidence == pytest.approx(0.7)
+    assert (unsure.expert, unsure.reason, unsure.best) == (None, "low_confidence", "expert-2")
+    assert sum(unsure.probabilities.values()) == pytest.approx(1)
+    flattened = decide(logits, settings_for(3, temperature=10.0))
+    assert flattened[0].confidence < 0.5
+
+
+def test_a_saved_router_decides_as_before_and_has_the_same_bytes(tmp_path, tiny_encoder_dir):
+    prompts = ["2 + 2", "a story about a fox", "12 + 9", "a tale of an owl"] * 5
+    settings = settings_for(2, encoder=str(tiny_encoder_dir), temperature=0.7, threshold=0.6)
+    head = LinearHead(np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32), np.zeros(2, np.float32))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        save_router(tmp_path / name, head, settings)
+    for file in (HEAD_FILE, SETTINGS_FILE):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    router = Router.load(tmp_path / "one")
+    decisions = router.route(prompts)
+    assert router.labels == settings.labels
+    assert router.view == "conversation"
+    logits = router.encoder.encode(prompts) @ head.weight_KH.T
+    expected = torch.softmax(torch.tensor(logits) / 0.7, dim=1).max(dim=1).values.numpy()
+    np.testing.assert_allclose([decision.confidence for decision in decisions], expected, atol=1e-5)
+    assert [decision.expert is None for decision in decisions] == (expected < 0.6).tolist()
+    assert router.route([]) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "key", "labels"])
+def test_a_damaged_router_is_one_line(tmp_path, damage):
+    head = LinearHead(np.zeros((2, 4), np.float32), np.zeros(2, np.float32))
+    save_router(tmp_path, head, settings_for(2))
+    if damage == "missing":
+        (tmp_path / SETTINGS_FILE).unlink()
+    elif damage == "truncated":
+        (tmp_path / HEAD_FILE).write_bytes(b"short")
+    else:
+        tree = json.loads((tmp_path / SETTINGS_FILE).read_text())
+        tree |= {"labels": ["a", "b", "c"]} if damage == "labels" else {"surprise": 1}
+        (tmp_path / SETTINGS_FILE).write_text(json.dumps(tree))
+    with pytest.raises(RouterError, match="run the router stage again") as caught:
+        load_head(tmp_path)
+    assert "\n" not in str(caught.value)

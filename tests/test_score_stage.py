@@ -1,0 +1,143 @@
+"""The stages router, evaluate and report on a synthetic run directory, on a real Ray."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from synthetic_run import synthetic_recipe, synthetic_run
+from transformers import AutoModelForCausalLM
+
+from gradientspace_ray.registry import adapter_digest, read_registry
+from gradientspace_ray.router.classifier import Router
+from gradientspace_ray.run import RunError
+from gradientspace_ray.stages import report, route, score
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_model_dir, tiny_encoder_dir):
+    return synthetic_recipe(tiny_model_dir, tiny_encoder_dir)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, recipe, tiny_model_dir, tmp_path_factory):
+    """A run through router, evaluate and report, with the summaries of the stages."""
+    run = synthetic_run(tmp_path_factory.mktemp("run"), tiny_model_dir)
+    summaries = {
+        "validation": score.score(recipe, run, "validation"),
+        "router": route.router(recipe, run),
+        "test": score.score(recipe, run, "test"),
+        "evaluate": score.evaluate(recipe, run),
+        "report": report.report(recipe, run),
+    }
+    return run, summaries
+
+
+def test_the_matrix_is_plain_peft_and_transformers(finished, tiny_model_dir):
+    run, _ = finished
+    losses = run.read_table("evaluation/losses.test.parquet").to_pylist()
+    examples = run.read_table("examples/test.parquet").to_pylist()
+    folder = next(f"experts/{name}" for name in run.names("experts") if name.startswith("expert-b@"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), run.path(folder)).eval()
+    assert set(losses[0]) == {"id", "domain", "label_tokens"} | {
+        f"nll/{name}" for name in ("base", "generalist", "single_lora", "expert-a", "expert-b")
+    }
+    for row, example in zip(losses, examples, strict=True):
+        assert row["id"] == example["id"]
+        inputs = {"input_ids": torch.tensor([example["input_ids"]]), "labels": torch.tensor([example["labels"]])}
+        with torch.no_grad():
+            assert row["nll/base"] == pytest.approx(base(**inputs).loss.item(), abs=1e-4)
+            assert row["nll/expert-b"] == pytest.approx(adapted(**inputs).loss.item(), abs=1e-4)
+
+
+def test_the_registry_lists_the_experts_in_the_routers_order(finished, recipe):
+    run, _ = finished
+    registry = read_registry(run)
+    assert [expert.name for expert in registry.experts] == ["expert-a", "expert-b"]
+    assert list(Router.load(run.fetch("router")).labels) == ["expert-a", "expert-b"]
+    assert registry.experts[0].title == "<term0>, two"
+    for adapter in (registry.generalist, *registry.experts):
+        assert adapter.digest == adapter_digest(run.fetch(adapter.folder))
+    assert registry.base_model == recipe.model.name
+    digest = registry.router_digest
+    route.router(recipe, run)
+    assert read_registry(run).router_digest == digest, "the same inputs must give the same router"
+
+
+def test_the_router_tells_the_two_kinds_of_prompt_apart(finished):
+    run, summaries = finished
+    settings = run.read_json("router/router.json")
+    assert settings["calibration"]["cross_validated_accuracy"] > 0.95
+    assert settings["calibration"]["measured_on"] == "validation"
+    assert "2 experts" in summaries["router"].made
+
+
+def test_scores_follow_from_the_matrix(finished):
+    run, summaries = finished
+    scores = run.read_json("evaluation/scores.json")
+    both = run.read_table("evaluation/losses.parquet").to_pandas()
+    test = both[both["split"] == "test"]
+    assert (len(both), len(test)) == (48, 24)
+    loss = scores["heldout_loss"]
+    for name in ("base", "generalist", "single_lora"):
+        assert loss[name] == pytest.approx(test[f"nll/{name}"].mean(), abs=1e-6)
+    routed = [row[f"nll/{row['routed']}"] for _, row in test.iterrows()]
+    assert loss["routed"] == pytest.approx(np.mean(routed), abs=1e-6)
+    served = test[["nll/generalist", "nll/expert-a", "nll/expert-b"]]
+    assert loss["oracle"] == pytest.approx(served.min(axis=1).mean(), abs=1e-6)
+    assert loss["oracle"] <= loss["routed"]
+    for name, interval in scores["intervals"]["heldout_loss"].items():
+        assert interval["low"] <= loss[name] <= interval["high"]
+    assert scores["clusters"] == 2
+    assert 0 <= scores["router_accuracy"] <= 1
+    assert scores["expert_domains"] == {"expert-a": "sums", "expert-b": "stories"}
+    assert [row["examples"] for row in scores["by_domain"].values()] == [12, 12]
+    assert re.match(
+        r"held-out loss: base [\d.]+, generalist .* router \d+% \(by domain \d+%\)", summaries["evaluate"].made
+    )
+
+
+def test_the_report_shows_every_part(finished):
+    run, _ = finished
+    html = run.read_bytes("report.html").decode()
+    for anchor in ("results", "map", "clusters", "losses", "router", "spectrum", "stages"):
+        assert f'<section id="{anchor}">' in html
+    assert "&lt;term0&gt;" in html
+
+
+def test_one_expert_no_labels_few_validation_examples_no_single_lora(tiny_model_dir, tiny_encoder_dir, tmp_path):
+    recipe = synthetic_recipe(tiny_model_dir, tiny_encoder_dir, experts={"single_lora": False})
+    run = synthetic_run(tmp_path, tiny_model_dir, clusters=1, validation=3, test=5, labelled=False)
+    score.score(recipe, run, "validation")
+    route.router(recipe, run)
+    score.score(recipe, run, "test")
+    score.evaluate(recipe, run)
+    report.report(recipe, run)
+    scores = run.read_json("evaluation/scores.json")
+    assert "single_lora" not in scores["heldout_loss"], "an old single LoRA is not this recipe's"
+    assert scores["router_domain_accuracy"] is None
+    assert scores["by_domain"] == {}
+    assert scores["heldout_loss"]["routed"] == pytest.approx(scores["heldout_loss"]["best_single"])
+    assert run.read_json("router/router.json")["calibration"]["measured_on"] == "nothing"
+    assert "hidden labels" not in run.read_bytes("report.html").decode()
+
+
+def test_no_test_examples_is_said_and_is_no_error(recipe, tiny_model_dir, tmp_path):
+    run = synthetic_run(tmp_path, tiny_model_dir, validation=0, test=0, single_lora=False)
+    for split in ("validation", "test"):
+        score.score(recipe, run, split)
+    route.router(recipe, run)
+    assert "data.test_share is 0" in score.evaluate(recipe, run).made
+    report.report(recipe, run)
+
+
+def test_a_missing_expert_is_named(recipe, tiny_model_dir, tmp_path):
+    run = synthetic_run(tmp_path, tiny_model_dir, single_lora=False)
+    lost = next(name for name in run.names("experts") if name.startswith("expert-a@"))
+    run.delete(f"experts/{lost}")
+    with pytest.raises(RunError, match=r"expert-b.*run the experts stage again"):
+        score.score(recipe, run, "test")

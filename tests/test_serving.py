@@ -1,0 +1,256 @@
+"""The endpoint as clients see it: real Serve, real HTTP, the `openai` client."""
+
+import contextlib
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import torch
+from peft import PeftModel
+from ray import serve
+from tiny_run import COUNTING, EXPERTS, STORIES, make_run
+
+from gradientspace_ray.examples.rendering import IGNORED, Renderer
+from gradientspace_ray.models.loading import load_base, load_tokenizer
+from gradientspace_ray.registry import read_registry
+from gradientspace_ray.serving.app import ServeArguments, start
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+API_KEY = "sk-test-key"
+TOKENS = 12
+CONVERSATION = [
+    {"role": "system", "content": "Answer in one line."},
+    {"role": "user", "content": "what is 2 + 2"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "once upon a time a dóor"},
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
+    return make_run(tmp_path_factory.mktemp("serving") / "run", tiny_model_dir, tiny_encoder_dir)
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster, run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIENTSPACE_API_KEY", API_KEY)
+        arguments = ServeArguments(run_dir=run.uri, max_slots=2, max_tokens=2000)
+        yield start(arguments, "127.0.0.1", 0)
+    serve.shutdown()
+
+
+@pytest.fixture
+def client(endpoint):
+    return openai.OpenAI(base_url=f"{endpoint}/v1", api_key=API_KEY, max_retries=0, timeout=60)
+
+
+def ask(client, model="auto", prompt=CONVERSATION, **settings):
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return client.chat.completions.create(
+        **{"model": model, "messages": messages, "max_tokens": TOKENS, "temperature": 0, **settings}
+    )
+
+
+def leases():
+    return serve.get_deployment_handle("Experts", "gradientspace").leases.remote().result(timeout_s=30)
+
+
+def peft_answer(run, model_id, messages):
+    """Prompt tokens and greedy text of plain transformers and PEFT, from training's own rendering."""
+    registry = read_registry(run)
+    tokenizer = load_tokenizer(registry.base_model)
+    model = load_base(registry.base_model, attention="sdpa")
+    adapter = registry.resolve(model_id)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, run.fetch(adapter.folder)).eval()
+    example = Renderer(tokenizer).example([*messages, {"role": "assistant", "content": "x"}])
+    prompt_ids = example.input_ids[: max(index for index, label in enumerate(example.labels) if label == IGNORED) + 1]
+    ids = torch.tensor([list(prompt_ids)])
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+    return len(prompt_ids), tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("model", ["base", "generalist", *EXPERTS])
+def test_a_forced_model_answers_as_peft_does_on_the_training_prompt(client, run, model):
+    answer = ask(client, model)
+    prompt_tokens, text = peft_answer(run, model, CONVERSATION)
+    assert answer.choices[0].message.content == text
+    assert answer.usage.prompt_tokens == prompt_tokens
+    assert answer.usage.total_tokens == prompt_tokens + answer.usage.completion_tokens
+    assert answer.model == (model if model == "base" else read_registry(run).resolve(model).id)
+    assert ask(client, answer.model).choices[0].message.content == text
+
+
+def test_streams_carry_the_same_text(client):
+    whole = ask(client, EXPERTS[0])
+    chunks = list(ask(client, EXPERTS[0], stream=True, stream_options={"include_usage": True}))
+    *parts, last = chunks
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    assert [part.choices[0].finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
+    assert last.choices == []
+    assert last.usage == whole.usage
+    assert len({(chunk.id, chunk.model, chunk.created) for chunk in chunks}) == 1
+    assert all(chunk.choices for chunk in ask(client, stream=True)), "a usage chunk came that nobody asked for"
+
+
+def test_a_stream_is_server_sent_events_to_the_letter(endpoint):
+    body = {"model": "auto", "messages": CONVERSATION, "max_tokens": 3, "stream": True}
+    answer = httpx.post(f"{endpoint}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {API_KEY}"})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    *events, done, end = answer.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert [list(json.loads(event.removeprefix("data: "))["choices"][0]["delta"]) for event in events[:1]] == [
+        ["role", "content"]
+    ]
+
+
+def test_auto_routes_and_the_headers_tell(client):
+    for prompt, expert in [
+        *((prompt, EXPERTS[0]) for prompt in COUNTING),
+        *((prompt, EXPERTS[1]) for prompt in STORIES),
+    ]:
+        raw = client.chat.completions.with_raw_response.create(
+            model="auto", messages=[{"role": "user", "content": prompt}], max_tokens=1
+        )
+        assert raw.headers["x-gradientspace-expert"] == expert
+        assert raw.headers["x-gradientspace-reason"] == "routed"
+        assert 0.5 <= float(raw.headers["x-gradientspace-confidence"]) <= 1
+        assert float(raw.headers["x-gradientspace-router-ms"]) > 0
+        assert raw.parse().model.startswith(f"{expert}@")
+        assert len(raw.headers.get_list("x-request-id")) == 1
+    forced = client.chat.completions.with_raw_response.create(model=EXPERTS[0], messages=CONVERSATION, max_tokens=1)
+    assert forced.headers["x-gradientspace-reason"] == "forced"
+    assert forced.headers["x-gradientspace-expert"] == EXPERTS[0]
+
+
+def test_more_adapters_than_slots_at_once(client):
+    """Three adapters and the base share two slots; each answer is what it is alone."""
+    models = ["generalist", *EXPERTS, "base"]
+    alone = [ask(client, model).choices[0].message.content for model in models]
+    assert len(set(alone)) == len(models)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda model: ask(client, model).choices[0].message.content, models * 3))
+    assert together == alone * 3
+
+
+def test_seeds_repeat_an_answer(client):
+    texts = [
+        ask(client, EXPERTS[0], temperature=1.0, top_p=0.9, seed=seed).choices[0].message.content for seed in (5, 5, 6)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_models_are_listed(client, run):
+    listed = {model.id: model for model in client.models.list()}
+    assert list(listed) == read_registry(run).model_ids()
+    adapter = read_registry(run).resolve(EXPERTS[1])
+    assert client.models.retrieve(EXPERTS[1]).root == adapter.id
+    assert client.models.retrieve(adapter.id).id == adapter.id
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("some/other")
+
+
+def test_errors_are_the_client_s_own_types(client, endpoint):
+    with pytest.raises(openai.NotFoundError) as caught:
+        ask(client, "nobody")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert caught.value.request_id
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, prompt="long " * 1000)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, max_tokens=2001)
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert caught.value.param == "tools"
+    with pytest.raises(openai.AuthenticationError) as caught:
+        ask(openai.OpenAI(base_url=f"{endpoint}/v1", api_key="wrong", max_retries=0))
+    assert caught.value.code == "invalid_api_key"
+    assert httpx.get(f"{endpoint}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("POST", "/v1/chat/completions", b"{", 400),
+        ("POST", "/v1/chat/completions", b"", 400),
+        ("POST", "/v1/chat/completions", b"[1, 2]", 400),
+        ("POST", "/v1/chat/completions", b'{"model": "auto"}', 400),
+        ("POST", "/v1/chat/completions", b" " * (2**20 + 1), 413),
+        ("GET", "/v1/chat/completions", None, 405),
+        ("POST", "/v1/embeddings", b"{}", 404),
+        ("GET", "/", None, 404),
+    ],
+)
+def test_bad_requests_get_openai_shaped_errors(endpoint, method, path, content, status):
+    headers = {"authorization": f"Bearer {API_KEY}"}
+    answer = httpx.request(method, f"{endpoint}{path}", content=content, headers=headers)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"]
+
+
+def test_a_body_without_a_declared_length_is_limited_too(endpoint):
+    parts = (b" " * 2**18 for _ in range(5))
+    headers = {"authorization": f"Bearer {API_KEY}"}
+    assert httpx.post(f"{endpoint}/v1/chat/completions", content=parts, headers=headers).status_code == 413
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_hanging_up_ends_the_request(endpoint, client, stream):
+    """Six long answers that nobody waits for would keep the model busy for about twenty seconds."""
+    body = {"model": EXPERTS[1], "messages": CONVERSATION, "max_tokens": 1900, "temperature": 0, "stream": stream}
+    headers = {"authorization": f"Bearer {API_KEY}"}
+
+    def hang_up(_):
+        timeout = httpx.Timeout(30, read=1.0)
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream(
+                "POST", f"{endpoint}/v1/chat/completions", json=body, headers=headers, timeout=timeout
+            ) as answer,
+        ):
+            next(answer.iter_lines())
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(hang_up, range(6)))
+    left = time.monotonic()
+    while any(leases().values()):
+        assert time.monotonic() - left < 3, "the answers go on without a reader"
+        time.sleep(0.05)
+    assert ask(client, EXPERTS[1], max_tokens=1).usage.completion_tokens == 1
+
+
+def test_a_broken_adapter_fails_alone(client, run, endpoint):
+    adapter = read_registry(run).resolve(EXPERTS[0])
+    weights = run.fetch(adapter.folder) / "adapter_model.safetensors"
+    for other in ("generalist", EXPERTS[1]):  # fill both slots, so that the next request must read the file
+        ask(client, other, max_tokens=1)
+    contents = weights.read_bytes()
+    weights.write_bytes(contents[:100])
+    try:
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError) as caught:
+                list(ask(client, EXPERTS[0], stream=stream))
+            assert "safetensors" not in str(caught.value), "the inside of a failure is not the client's business"
+        assert ask(client, EXPERTS[1], max_tokens=1).usage.completion_tokens == 1
+    finally:
+        weights.write_bytes(contents)
+    assert ask(client, EXPERTS[0], max_tokens=1).usage.completion_tokens == 1
+
+
+def test_a_port_in_use_is_one_line_before_anything_starts(run):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} on 127.0.0.1 is in use"):
+            start(ServeArguments(run_dir=run.uri), "127.0.0.1", port)

@@ -1,0 +1,240 @@
+"""The finetunes on a real Ray with real DeepSpeed engines: what they commit, and what a second run does."""
+
+import json
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from peft import PeftModel
+from reference_training import flat_weights, mean_loss, plain_training, random_examples
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from gradientspace_ray.models.loading import add_lora, load_adapter
+from gradientspace_ray.recipe import parse_recipe
+from gradientspace_ray.registry import adapter_digest
+from gradientspace_ray.run import RunDirectory
+from gradientspace_ray.stages import train
+from gradientspace_ray.training.loop import TrainingError
+from gradientspace_ray.training.schedule import plan_steps
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SEED = 7
+NAMES = ["low-bytes", "high-bytes"]
+# Two skills that tell themselves apart: tokens from two ranges of the vocabulary.
+SKILLS = [random_examples(20, seed=1, low=10, high=40), random_examples(12, seed=2, low=120, high=150)]
+EXAMPLES = [example for pair in zip(SKILLS[0][:12], SKILLS[1], strict=True) for example in pair] + SKILLS[0][12:]
+CLUSTERS = [0, 1] * 12 + [0] * 8
+HELD_OUT = random_examples(6, seed=3, low=10, high=40) + random_examples(6, seed=4, low=120, high=150)
+WARMUP = {"epochs": 5, "learning_rate": 3e-2, "examples_per_step": 8, "tokens_per_batch": 100}
+EXPERTS = {"epochs": 1, "learning_rate": 5e-3, "examples_per_step": 5, "tokens_per_batch": 100}
+
+
+def write_examples(run, examples):
+    columns = {
+        "id": pa.array([f"{index:016x}" for index in range(len(examples))]),
+        "input_ids": pa.array([ids for ids, _ in examples], pa.list_(pa.int32())),
+        "labels": pa.array([labels for _, labels in examples], pa.list_(pa.int32())),
+        "tokens": pa.array([len(ids) for ids, _ in examples], pa.int32()),
+    }
+    run.write_table("examples/train.parquet", pa.table(columns))
+    run.write_table(
+        "clusters/assignments.parquet", pa.table({"id": columns["id"], "cluster": pa.array(CLUSTERS, pa.int32())})
+    )
+    run.write_json("clusters/quality.json", {"count": 2, "names": NAMES})
+
+
+def recipe_for(model_dir, **changes):
+    tree = {
+        "name": "tiny",
+        "seed": SEED,
+        "model": {"name": str(model_dir), "compute_dtype": "float32"},
+        "data": {"sources": ["quickstart"]},
+        "lora": {"rank": 4, "alpha": 8},
+        "warmup": WARMUP,
+        "experts": {**EXPERTS, "zero_stage": 2, "workers": 2},
+        "compute": {"retries": 0},
+    }
+    return parse_recipe({**tree, **changes})
+
+
+def base(model_dir):
+    return AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager").requires_grad_(False)
+
+
+def opened(model_dir, folder):
+    return PeftModel.from_pretrained(base(model_dir), folder)
+
+
+def record(folder):
+    return json.loads((folder / "training.json").read_text())
+
+
+def expert_folders(run):
+    return {folder.partition("@")[0]: run.fetch(f"experts/{folder}") for folder in run.names("experts")}
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_model_dir):
+    return recipe_for(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = RunDirectory(tmp_path_factory.mktemp("run"))
+    write_examples(run, EXAMPLES)
+    return run
+
+
+@pytest.fixture(scope="module")
+def generalist(ray_cluster, recipe, run):
+    """The warm-up's summary."""
+    return train.warmup(recipe, run)
+
+
+@pytest.fixture(scope="module")
+def experts(generalist, recipe, run):
+    """Two runs of the experts stage: in the first one, an example of the second cluster cannot be read.
+
+    Returns the first one's error, what it left, and the second one's summary.
+    """
+    run.write_bytes("experts/old-name@0123456789ab/training.json", b'{"key": "of another clustering"}')
+    unreadable = [*EXAMPLES[:1], ([100_000] * 9, [100_000] * 9), *EXAMPLES[2:]]
+    write_examples(run, unreadable)
+    with pytest.raises(TrainingError) as error:
+        train.experts(recipe, run)
+    left = {folder: record(run.fetch(f"experts/{folder}")) for folder in run.names("experts")}
+    logs = run.names("failures")
+    write_examples(run, EXAMPLES)
+    return str(error.value), left, logs, train.experts(recipe, run)
+
+
+def test_generalist_is_that_of_a_plain_loop(generalist, run, tiny_model_dir):
+    model = add_lora(base(tiny_model_dir), 4, 8, "all-linear", SEED)
+    steps = plan_steps(len(EXAMPLES), 8, 5, [SEED, train.ORDER_PURPOSE["warmup"]])
+    losses = plain_training(model, EXAMPLES, steps, peak=3e-2, warmup_share=0.1)
+    made = record(run.fetch("generalist"))
+    np.testing.assert_allclose(made["losses"], losses, atol=1e-4)
+    torch.testing.assert_close(
+        flat_weights(load_adapter(base(tiny_model_dir), run.fetch("generalist"), trainable=True)),
+        flat_weights(model),
+        atol=1e-4,
+        rtol=0,
+    )
+    assert made["steps"] == len(steps) == generalist.counts["steps"]
+    assert made["tokens"] == 5 * sum(len(ids) for ids, _ in EXAMPLES)
+    assert (made["workers"], made["zero_stage"]) == (1, 1)
+    assert generalist.output == adapter_digest(run.fetch("generalist"))
+
+
+def test_generalist_lowers_the_loss_of_examples_that_it_has_not_seen(generalist, run, tiny_model_dir):
+    with torch.no_grad():
+        before = mean_loss(base(tiny_model_dir), HELD_OUT)
+        after = mean_loss(opened(tiny_model_dir, run.fetch("generalist")), HELD_OUT)
+    assert after < before - 0.3
+
+
+@pytest.mark.parametrize("name", [*NAMES, "single_lora"])
+def test_experts_continue_the_generalist_as_a_plain_loop_does(experts, run, tiny_model_dir, name):
+    folder = run.fetch("single_lora") if name == "single_lora" else expert_folders(run)[name]
+    examples = EXAMPLES
+    if name != "single_lora":
+        examples = [e for e, cluster in zip(EXAMPLES, CLUSTERS, strict=True) if cluster == NAMES.index(name)]
+    model = load_adapter(base(tiny_model_dir), run.fetch("generalist"), trainable=True)
+    steps = plan_steps(len(examples), 5, 1, [SEED, train.ORDER_PURPOSE["experts"]])
+    losses = plain_training(model, examples, steps, peak=5e-3, warmup_share=0.1)
+    made = record(folder)
+    np.testing.assert_allclose(made["losses"], losses, atol=1e-4)
+    assert (made["workers"], made["zero_stage"], made["examples"]) == (2, 2, len(examples))
+    with torch.no_grad():
+        found = mean_loss(opened(tiny_model_dir, folder), HELD_OUT)
+        torch.testing.assert_close(found, mean_loss(model, HELD_OUT), atol=1e-4, rtol=0)
+
+
+def test_single_lora_sees_as_many_tokens_as_all_experts(experts, run):
+    folders = expert_folders(run)
+    assert record(run.fetch("single_lora"))["tokens"] == sum(record(folders[name])["tokens"] for name in NAMES)
+
+
+def test_folders_are_named_by_their_digest_and_hold_an_adapter_that_names_its_base(experts, run, tiny_model_dir):
+    for folder in run.names("experts"):
+        path = run.fetch(f"experts/{folder}")
+        assert folder.partition("@")[2] == adapter_digest(path)
+        assert json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model_dir)
+        assert all(weight.dtype == torch.float32 for weight in load_file(path / "adapter_model.safetensors").values())
+
+
+def test_a_failed_finetune_leaves_the_others_and_is_named_in_one_line(experts):
+    message, left, logs, _ = experts
+    assert "\n" not in message
+    assert "2 of 3 finetunes failed" in message
+    assert "high-bytes: IndexError: index out of range" in message
+    assert "run again" in message
+    assert logs == ["high-bytes.log", "single_lora.log"]
+    assert "low-bytes" in {folder.partition("@")[0] for folder in left}
+
+
+def test_the_next_run_trains_only_what_is_missing_and_removes_what_is_stale(experts, run):
+    _, left, _, summary = experts
+    kept = next(folder for folder in left if folder.startswith("low-bytes@"))
+    assert record(run.fetch(f"experts/{kept}")) == left[kept]
+    assert "old-name@0123456789ab" in left
+    assert sorted(expert_folders(run)) == sorted(NAMES)
+    assert summary.counts["experts"] == 2
+    assert run.names("failures") == []
+
+
+def test_a_finished_stage_trains_nothing(experts, recipe, run, monkeypatch):
+    monkeypatch.setattr(train, "_launch", None)
+    assert train.experts(recipe, run) == experts[3]
+    assert train.warmup(recipe, run).made.startswith("generalist from 32 examples")
+
+
+def test_without_the_baseline_its_folder_goes_and_no_expert_is_trained_again(experts, recipe, run, tiny_model_dir):
+    before = {name: record(folder) for name, folder in expert_folders(run).items()}
+    single = (run.fetch("single_lora") / "training.json").read_text()
+    section = recipe.experts.model_dump() | {"single_lora": False}
+    train.experts(recipe_for(tiny_model_dir, experts=section), run)
+    assert {name: record(folder) for name, folder in expert_folders(run).items()} == before
+    assert not run.exists("single_lora")
+    assert single
+
+
+def test_a_loss_that_is_not_finite_is_not_tried_again(ray_cluster, tiny_model_dir, tmp_path):
+    run = RunDirectory(tmp_path)
+    write_examples(run, EXAMPLES)
+    section = {**WARMUP, "learning_rate": 1e30, "max_grad_norm": 1e30}
+    recipe = recipe_for(tiny_model_dir, warmup=section, compute={"retries": 50})
+    with pytest.raises(TrainingError, match=r"generalist: the loss is (nan|inf) at step \d+ of 20 \(learning rate 1e"):
+        train.warmup(recipe, run)
+    assert not run.exists("generalist")
+
+
+def test_ctrl_c_ends_the_trainer_and_its_workers(ray_cluster, tiny_model_dir, tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path)
+    write_examples(run, EXAMPLES)
+    recipe = recipe_for(tiny_model_dir, warmup={**WARMUP, "epochs": 10_000})
+    ray_wait, calls = ray.wait, []
+
+    def interrupted_wait(tasks, **arguments):
+        calls.append(tasks)
+        if len(calls) > 1:
+            return ray_wait(tasks, **arguments)
+        deadline = time.monotonic() + 90
+        while ray.available_resources()["CPU"] == 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.ray, "wait", interrupted_wait)
+    with pytest.raises(KeyboardInterrupt):
+        train.warmup(recipe, run)
+    assert len(calls) == 2
+    deadline = time.monotonic() + 60
+    while ray.available_resources()["CPU"] < 4:
+        assert time.monotonic() < deadline, "a worker is still running"
+        time.sleep(0.5)
