@@ -94,7 +94,7 @@ def serve(
     from gradientspace_ray.serving import app as serving
 
     arguments = serving.ServeArguments(run_dir=RunDirectory(run_dir).uri)
-    with connection.connected("cpu"):
+    with connection.disconnecting():
         url = serving.start(arguments, host, port)
         if ask:
             for prompt in ask:

@@ -34,14 +34,6 @@ def connect(device: str) -> None:
 
 
 @contextlib.contextmanager
-def connected(device: str) -> Iterator[None]:
-    """`connect` for the length of the block."""
-    with disconnecting():
-        connect(device)
-        yield
-
-
-@contextlib.contextmanager
 def disconnecting() -> Iterator[None]:
     """Leave Ray at the end of the block; a local Ray that `connect` started ends with it."""
     try:

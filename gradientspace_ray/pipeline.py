@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from gradientspace_ray import __version__
 from gradientspace_ray.connection import connect
 from gradientspace_ray.examples import formats
 from gradientspace_ray.recipe import Recipe, dump_recipe
@@ -16,7 +17,7 @@ from gradientspace_ray.run import RunDirectory, StageRecord, Summary, digest_of
 from gradientspace_ray.stages import cluster, extract, merge, prepare, report, route, score, train
 
 StageFunction = Callable[[Recipe, RunDirectory], Summary]
-REPORTED_PACKAGES = ("gradientspace-ray", "ray", "torch", "transformers", "peft", "deepspeed", "scikit-learn", "numpy")
+REPORTED_PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "scikit-learn", "numpy")
 # Settings that change how fast a result comes, not the result.
 SPEED_SETTINGS = {
     "experts": {"max_concurrent", "tokens_per_batch"},
@@ -113,7 +114,7 @@ def run_pipeline(recipe: Recipe, run: RunDirectory, until: str | None, console: 
 
 def _run_stage(stage: Stage, digest: str, recipe: Recipe, run: RunDirectory) -> StageRecord:
     started_at, clock = time.time(), time.monotonic()
-    versions = {package: metadata.version(package) for package in REPORTED_PACKAGES}
+    versions = {"gradientspace-ray": __version__} | {name: metadata.version(name) for name in REPORTED_PACKAGES}
     running = StageRecord(status="running", digest=digest, versions=versions, started_at=started_at)
     run.record(stage.name, running)
 

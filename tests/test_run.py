@@ -28,9 +28,14 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
     run = RunDirectory(tmp_path)
-    with pytest.raises(KeyboardInterrupt), run.staged("generalist") as folder:
-        (folder / "weights").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with run.staged("generalist") as folder:
+            (folder / "weights").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not run.exists("generalist")
     assert run.names(".staging") == []
     for content in ("one", "two"):

@@ -172,7 +172,7 @@ def test_a_failed_finetune_leaves_the_others_and_is_named_in_one_line(experts):
     message, left, logs, _ = experts
     assert "\n" not in message
     assert "2 of 3 finetunes failed" in message
-    assert "high-bytes: IndexError: index out of range" in message
+    assert "high-bytes: IndexError: index out of range in self" in message
     assert "run again" in message
     assert logs == ["high-bytes.log", "single_lora.log"]
     assert "low-bytes" in {folder.partition("@")[0] for folder in left}
@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_is_not_tried_again(ray_cluster, tiny_model_di
     write_examples(run, EXAMPLES)
     section = {**WARMUP, "learning_rate": 1e30, "max_grad_norm": 1e30}
     recipe = recipe_for(tiny_model_dir, warmup=section, compute={"retries": 50})
-    with pytest.raises(TrainingError, match=r"generalist: the loss is (nan|inf) at step \d+ of 20 \(learning rate 1e"):
+    with pytest.raises(TrainingError, match=r"generalist: the loss is nan at step 2 of 20 \(learning rate 6\.7e\+29\)"):
         train.warmup(recipe, run)
     assert not run.exists("generalist")
 

@@ -1,7 +1,8 @@
-"""Clusters of the nearest-neighbour graph: gradients of one skill are near-orthogonal, so neighbourhoods carry the signal.
+"""Clusters of the nearest-neighbour graph.
 
-Spectral clustering after Ng, Jordan and Weiss (NIPS 2001): the leading eigenvectors of the normalised graph, rows scaled
-to unit length, then k-means.
+Gradients of one skill are near-orthogonal, so neighbourhoods carry the signal and centroids do not. Spectral clustering
+after Ng, Jordan and Weiss (NIPS 2001): the leading eigenvectors of the normalised graph, rows scaled to unit length,
+then k-means.
 
 Shapes: N examples, K coordinates, C clusters, E eigenvectors.
 """

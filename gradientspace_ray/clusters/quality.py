@@ -117,7 +117,7 @@ def distinguishing_terms(texts: Sequence[str], labels_N: np.ndarray, count: int)
     Class-based TF-IDF (Grootendorst, arXiv 2203.05794, eq. 2), on the share of a cluster's texts that hold a word, not
     on the number of times, so that one long text does not speak for its cluster:
         score(t, c) = share(t, c) log(1 + 1 / sum_c share(t, c)),
-    and only words more frequent in c than in the other clusters together are taken.
+    and only words more frequent in c than in the other clusters on average are taken.
 
     Args:
         texts: one for each example.
@@ -142,7 +142,7 @@ def distinguishing_terms(texts: Sequence[str], labels_N: np.ndarray, count: int)
     scores_CV = shares_CV * np.log1p(1 / total_V)
     if clusters > 1:
         others_CV = (total_V - shares_CV) / (clusters - 1)
-        scores_CV = np.where(shares_CV > others_CV, scores_CV, 0)
+        scores_CV = np.where(shares_CV > others_CV + 1e-9, scores_CV, 0)
     best_CV = np.argsort(-scores_CV, axis=1, kind="stable")[:, :count]
     return [
         [str(terms[index]) for index in best_V if scores_V[index] > 0]
@@ -150,16 +150,18 @@ def distinguishing_terms(texts: Sequence[str], labels_N: np.ndarray, count: int)
     ]
 
 
-def cluster_names(terms: Sequence[Sequence[str]]) -> list[str]:
+def cluster_names(terms: Sequence[Sequence[str]], reserved: Sequence[str] = ()) -> list[str]:
     """Unique slugs of `[a-z0-9-]` from each cluster's first two terms; `cluster-<index>` where nothing is left of them.
 
-    A name that an earlier cluster has gets its cluster's index behind it.
+    A name that is reserved, or that an earlier cluster has, gets its cluster's index behind it.
     """
     names: list[str] = []
     for index, words in enumerate(terms):
         slugs = list(dict.fromkeys(slug for word in words if (slug := _slug(word))))
         name = "-".join(slugs[:2]) or f"cluster-{index}"
-        names.append(name if name not in names else f"{name}-{index}")
+        while name in names or name in reserved:
+            name = f"{name}-{index}"
+        names.append(name)
     return names
 
 

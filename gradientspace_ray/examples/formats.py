@@ -229,7 +229,8 @@ def _read_array(data: bytes, path: str) -> Iterator[Record | Rejected]:
     try:
         text = data.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
-        yield Rejected(f"{path}:{data.count(b'\n', 0, error.start) + 1}", "not_utf8", "not UTF-8; save the file as UTF-8")
+        line = data.count(b"\n", 0, error.start) + 1
+        yield Rejected(f"{path}:{line}", "not_utf8", "not UTF-8; save the file as UTF-8")
         return
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     position, line, counted = text.index("[") + 1, 1, 0

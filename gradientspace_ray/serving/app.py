@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
 
+from gradientspace_ray.connection import connect
 from gradientspace_ray.registry import REGISTRY, read_registry
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving.experts import Experts
@@ -95,7 +96,7 @@ def build(arguments: ServeArguments) -> Application:
 
 
 def start(arguments: ServeArguments, host: str, port: int) -> str:
-    """Serve from this process's Ray cluster, and return when the endpoint answers.
+    """Serve from the Ray cluster that `connect` finds or starts, and return when the endpoint answers.
 
     Args:
         arguments: what to serve.
@@ -112,6 +113,7 @@ def start(arguments: ServeArguments, host: str, port: int) -> str:
     """
     port = _free_port(host, port)
     application = build(arguments)
+    connect(arguments.device)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
     serve.run(application, name="gradientspace", route_prefix="/", logging_config=QUIET)

@@ -161,13 +161,14 @@ class Extractor:
         return None
 
     def _commit(self, shard: Shard) -> None:
-        recipe, started, tokens = self._recipe, time.monotonic(), 0
+        recipe, engine, buffer_BD = self._recipe, self._engine, self._buffer_BD
         unit = recipe.gradients.normalisation == "example"
         sketch = OnlineSVD(recipe.sketch.rank)
         examples = self._read(shard.ids)
-        for start in range(0, len(examples), len(self._buffer_BD)):
-            part = examples[start : start + len(self._buffer_BD)]
-            gradients_BD = self._engine.gradients(part, out=self._buffer_BD[: len(part)])
+        started, tokens = time.monotonic(), 0
+        for start in range(0, len(examples), len(buffer_BD)):
+            part = examples[start : start + len(buffer_BD)]
+            gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)])
             sketch.update(gradients_BD, normalise=unit)
             tokens += sum(len(input_ids) for input_ids, _ in part)
             speed = f"{tokens / (time.monotonic() - started):.0f} tokens/s a worker"

@@ -282,8 +282,9 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
 
 
 def _last_line(error: Exception) -> str:
+    """An error in one line; one of several lines is a traceback, which names its type at the end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {''.join(lines)}"
 
 
 def _finetune(config: dict[str, Any]) -> dict[str, str] | None:

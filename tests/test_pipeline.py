@@ -1,0 +1,178 @@
+"""The whole line on a tiny model: every stage, resumption, and a routed answer over HTTP."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from openai import OpenAI
+
+from gradientspace_ray.recipe import STAGES, parse_recipe
+
+COMMAND = [sys.executable, "-c", "from gradientspace_ray.cli import main; main()"]
+
+
+def gradientspace(*arguments, check=True, timeout_s=400):
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=timeout_s)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def tiny_arguments(tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
+    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
+    settings = [
+        f"model.name={tiny_model_dir}",
+        f"router.encoder={tiny_encoder_dir}",
+        "warmup.learning_rate=5e-3",
+        "experts.learning_rate=5e-3",
+    ]
+    return run_dir, ["run", "tiny", "--run-dir", str(run_dir), *(f"--set={setting}" for setting in settings)]
+
+
+def wait_until(condition, process, timeout_s=200):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def stage_statuses(run_dir):
+    manifest = run_dir / "manifest.json"
+    stages = json.loads(manifest.read_text())["stages"] if manifest.exists() else {}
+    return {name: record["status"] for name, record in stages.items()}
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_arguments):
+    """A run that is interrupted with Ctrl-C in two stages, then finished."""
+    run_dir, arguments = tiny_arguments
+    for stage in ("warmup", "experts"):
+        process = subprocess.Popen(
+            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        wait_until(lambda s=stage: stage_statuses(run_dir).get(s) == "running", process)
+        time.sleep(3)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=90)
+        assert process.returncode == 130, output + errors
+        assert "interrupted" in output
+        statuses = stage_statuses(run_dir)
+        assert statuses[stage] == "interrupted"
+        assert all(status == "done" for name, status in statuses.items() if name != stage)
+    output = gradientspace(*arguments).stdout
+    return run_dir, arguments, output
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_stage_is_done_with_counts_and_seconds(finished_run):
+    run_dir, _, output = finished_run
+    status = json.loads(gradientspace("status", str(run_dir), "--json").stdout)
+    assert list(status["stages"]) == list(STAGES)
+    for name, record in status["stages"].items():
+        assert record["status"] == "done"
+        assert record["seconds"] > 0
+        assert record["counts"], name
+        assert record["made"]
+        assert name in output
+    assert "gradientspace serve" in output
+    leftovers = [path for path in run_dir.rglob("*") if ".tmp" in path.name or path.name == "lease.json"]
+    assert not leftovers
+    assert not (run_dir / "sketch" / "shards").exists() or not any((run_dir / "sketch" / "shards").iterdir())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_loss_matrix_is_in_scores_json(finished_run):
+    run_dir, _, _ = finished_run
+    scores = json.loads((run_dir / "evaluation" / "scores.json").read_text())
+    losses = scores["heldout_loss"]
+    assert losses["generalist"] < losses["base"]
+    assert losses["oracle"] <= min(losses["generalist"], losses["routed"]) + 1e-9
+    assert 0 <= scores["router_accuracy"] <= 1
+    assert scores["clusters"] == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_finished_run_is_skipped_without_starting_ray(finished_run):
+    _, arguments, _ = finished_run
+    started = time.monotonic()
+    output = gradientspace(*arguments).stdout
+    assert output.count("done before") == len(STAGES)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_changed_recipe_part_runs_that_stage_and_what_follows(finished_run):
+    _, arguments, _ = finished_run
+    output = gradientspace(*arguments, "--set=router.max_tokens=64", "--until=router").stdout
+    again = re.findall(r"^(\w+) +\d+ s:", output, flags=re.MULTILINE)
+    assert again == ["router"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_endpoint_answers_a_routed_prompt(finished_run):
+    run_dir, _, _ = finished_run
+    process = subprocess.Popen(
+        [*COMMAND, "serve", str(run_dir), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        url = re.search(r"http://\S+/v1", line).group()
+        client = OpenAI(base_url=url, api_key="none")
+        messages = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
+        raw = client.chat.completions.with_raw_response.create(model="auto", messages=messages, max_tokens=8)
+        experts = {path.name.split("@")[0] for path in (run_dir / "experts").iterdir()}
+        assert raw.headers["x-gradientspace-expert"] in experts | {"generalist"}
+        assert 0 <= float(raw.headers["x-gradientspace-confidence"]) <= 1
+        assert raw.parse().usage.completion_tokens > 0
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def test_a_bad_recipe_key_is_one_line_and_exit_code_1():
+    done = gradientspace("run", "quickstart", "--set", "experts.epoch=2", check=False)
+    assert done.returncode == 1
+    assert "did you mean epochs?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_data_file_is_one_line_that_names_it(tmp_path, tiny_model_dir):
+    arguments = ["run", "tiny", "--run-dir", str(tmp_path / "run"), f"--set=model.name={tiny_model_dir}"]
+    done = gradientspace(*arguments, "--set=data.sources=[no-such.jsonl]", check=False)
+    assert done.returncode == 1
+    assert "no-such.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_of_an_empty_folder_says_what_to_do(tmp_path):
+    done = gradientspace("status", str(tmp_path), check=False)
+    assert done.returncode == 1
+    assert "gradientspace run" in done.stderr
+
+
+def test_jobs_pipeline_is_the_same_command(tmp_path):
+    job = Path(__file__).parents[1] / "jobs" / "pipeline.py"
+    done = subprocess.run([sys.executable, str(job), "nothing"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "no such recipe" in done.stderr
+
+
+def test_the_readme_s_own_data_recipe_is_valid():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        parse_recipe(yaml.safe_load(block))
