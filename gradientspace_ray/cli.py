@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 RunDirArgument = Annotated[str, typer.Argument(help="A run directory: a local folder or an s3:// or gs:// URI.")]
 
 

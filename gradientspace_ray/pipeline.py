@@ -102,12 +102,12 @@ def run_pipeline(recipe: Recipe, run: RunDirectory, until: str | None, console: 
             digest = stage_digest(stage, recipe, run)
             record = run.manifest().stages.get(stage.name)
             if record and record.status == "done" and record.digest == digest:
-                console.print(f"[dim]{stage.name:<10} done before: {record.made}[/dim]", highlight=False)
+                console.print(f"[dim]{stage.name:<10} done before: {record.made}[/dim]")
                 continue
             connect(recipe.compute.device)
             console.print(f"[bold]{stage.name}[/bold]")
             record = _run_stage(stage, digest, recipe, run)
-            console.print(f"[green]{stage.name:<10}[/green] {record.seconds:.0f} s: {record.made}", highlight=False)
+            console.print(f"[green]{stage.name:<10}[/green] {record.seconds:.0f} s: {record.made}")
     records = run.manifest().stages
     return {stage.name: records[stage.name] for stage in chosen}
 
