@@ -23,8 +23,6 @@ def connect(device: str) -> None:
         ray.init(runtime_env={"env_vars": worker_env}, **quiet)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's C++ core writes its log to the driver's terminal; errors that matter come back as exceptions.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.update(worker_env)
     ray.init(
         address="local",

@@ -1,5 +1,6 @@
 """The stages in order, and what decides each one's output."""
 
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -95,6 +96,8 @@ def run_pipeline(recipe: Recipe, run: RunDirectory, until: str | None, console: 
     """
     names = [stage.name for stage in STAGES]
     chosen = STAGES[: names.index(until) + 1] if until else STAGES
+    # Ray's C++ core warns on the driver's terminal about what Ray Data does; errors come back as exceptions.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with run.lease():
         run.write_bytes("recipe.yaml", dump_recipe(recipe).encode())
         run.delete(".staging")

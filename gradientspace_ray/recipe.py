@@ -161,7 +161,7 @@ class Recipe(Section):
     """Everything that decides the result of a run."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")]
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelSection
     data: DataSection
     lora: LoraSection = LoraSection()

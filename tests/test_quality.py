@@ -107,10 +107,12 @@ def test_names_are_unique_slugs():
         [],
         ["base"],
         ["fox", "fox"],
+        ["x" * 300, "y" * 300],
     ]
     names = quality.cluster_names(terms, reserved=["base"])
     assert names == [
         "def-return-value", "def-return-value-1", "equation-root", "cluster-3", "cluster-4", "base-5", "fox",
+        "x" * 24 + "-" + "y" * 24,
     ]  # fmt: skip
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)
 

@@ -17,6 +17,8 @@ from sklearn.neighbors import NearestNeighbors
 
 DENSE_EXAMPLES = 1500
 """Up to this many examples all eigenvectors are computed at once, which is exact and quick."""
+LEAST_COSINE = 1e-9
+"""Cosines up to this are rounding."""
 STARTS = 10
 """Starts of k-means, the best of which is kept."""
 
@@ -40,7 +42,8 @@ def unit_rows(coordinates_NK: np.ndarray) -> np.ndarray:
 def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int) -> csr_matrix:
     """Symmetric graph of each example's nearest neighbours by cosine.
 
-    The weight of an edge is the cosine, where positive, halved when only one end counts the other as a neighbour.
+    The weight of an edge is the cosine, where positive, halved when only one end counts the other as a neighbour. A
+    zero row has no edges.
 
     Args:
         coordinates_NK: of any length; they are scaled to unit length.
@@ -54,11 +57,15 @@ def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int) -> csr_matrix:
     used = min(neighbours, count - 1)
     if used < 1:
         return csr_matrix((count, count))
-    # On unit rows, distance^2 = 2 - 2 cosine; asked without arguments, an example is not its own neighbour.
+    # Asked without arguments, an example is not its own neighbour.
     distances_NM, indices_NM = NearestNeighbors(n_neighbors=used, algorithm="brute").fit(unit_NK).kneighbors()
-    weights = np.clip(1 - distances_NM**2 / 2, 0, None).ravel()
+    # 2 a.b = |a|^2 + |b|^2 - |a - b|^2, where |a|^2 is 1, or 0 for a zero row.
+    squares_N = unit_NK.any(axis=1).astype(np.float64)
+    cosines_NM = (squares_N[:, None] + squares_N[indices_NM] - distances_NM**2) / 2
+    # Rounding must not tie an example to what is orthogonal to it: the normalised graph ignores how weak all ties are.
+    weights_NM = np.where(cosines_NM > LEAST_COSINE, cosines_NM, 0.0)
     rows = np.repeat(np.arange(count), used)
-    graph = csr_matrix((weights, (rows, indices_NM.ravel())), shape=(count, count))
+    graph = csr_matrix((weights_NM.ravel(), (rows, indices_NM.ravel())), shape=(count, count))
     graph = (graph + graph.T) / 2
     graph.eliminate_zeros()
     return graph
@@ -88,7 +95,8 @@ def laplacian_eigenmap(graph: csr_matrix, count: int, seed: int) -> tuple[np.nda
     else:
         start_N = np.random.default_rng([seed, 0]).normal(size=size)
         # Shifted to be positive, so that the leading eigenvalues are the largest in magnitude as well.
-        values_E, vectors_NE = eigsh(affinity + identity(size), k=count, which="LA", v0=start_N, ncv=4 * count + 20)
+        vectors_kept = min(size, 4 * count + 20)
+        values_E, vectors_NE = eigsh(affinity + identity(size), k=count, which="LA", v0=start_N, ncv=vectors_kept)
         order_E = np.argsort(-values_E, kind="stable")
         values_E, vectors_NE = values_E[order_E] - 1, vectors_NE[:, order_E]
     largest_E = np.abs(vectors_NE).argmax(axis=0)
@@ -98,10 +106,7 @@ def laplacian_eigenmap(graph: csr_matrix, count: int, seed: int) -> tuple[np.nda
 
 def eigenmap_clusters(vectors_NE: np.ndarray, count: int, seed: int) -> np.ndarray:
     """k-means on the first `count` eigenvectors, rows scaled to unit length. Returns labels [N] int64."""
-    with warnings.catch_warnings():
-        # Fewer distinct points than clusters: fewer clusters come back, which the caller sees.
-        warnings.filterwarnings("ignore", "Number of distinct clusters")
-        return KMeans(count, n_init=STARTS, random_state=seed).fit_predict(unit_rows(vectors_NE[:, :count])).astype(int)
+    return fit_kmeans(unit_rows(vectors_NE[:, :count]), count, seed).labels_.astype(int)
 
 
 def spectral_clusters(coordinates_NK: np.ndarray, count: int, neighbours: int, seed: int) -> np.ndarray:
@@ -124,6 +129,14 @@ def spectral_clusters(coordinates_NK: np.ndarray, count: int, neighbours: int, s
         return np.zeros(len(coordinates_NK), dtype=int)
     _, vectors_NE = laplacian_eigenmap(neighbour_graph(coordinates_NK, neighbours), count, seed)
     return eigenmap_clusters(vectors_NE, count, seed)
+
+
+def fit_kmeans(rows_NK: np.ndarray, count: int, seed: int) -> KMeans:
+    """scikit-learn's k-means, fitted; some clusters stay empty where there are fewer distinct rows."""
+    with warnings.catch_warnings():
+        # The caller sees it by the labels.
+        warnings.filterwarnings("ignore", "Number of distinct clusters")
+        return KMeans(count, n_init=STARTS, random_state=seed).fit(rows_NK)
 
 
 def check_count(count: int, examples: int) -> None:

@@ -3,12 +3,9 @@
 Shapes: N examples, K coordinates, C clusters.
 """
 
-import warnings
-
 import numpy as np
-from sklearn.cluster import KMeans
 
-from gradientspace_ray.clusters.graph import STARTS, check_count, unit_rows
+from gradientspace_ray.clusters.graph import check_count, fit_kmeans, unit_rows
 
 
 def spherical_kmeans(coordinates_NK: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -27,10 +24,8 @@ def spherical_kmeans(coordinates_NK: np.ndarray, count: int, seed: int) -> np.nd
     """
     check_count(count, len(coordinates_NK))
     unit_NK = unit_rows(coordinates_NK)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Number of distinct clusters")
-        found = KMeans(count, n_init=STARTS, random_state=seed).fit(unit_NK)
-    return (unit_NK @ unit_rows(found.cluster_centers_).T).argmax(axis=1)
+    centres_CK = fit_kmeans(unit_NK, count, seed).cluster_centers_
+    return (unit_NK @ unit_rows(centres_CK).T).argmax(axis=1)
 
 
 def centroids(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> np.ndarray:

@@ -19,6 +19,8 @@ PAIR_EXAMPLES = 2000
 """Pairs are counted among a sample of this many examples."""
 SUBSAMPLE_SHARE = 0.8
 MAX_TERMS = 20000
+MAX_SLUG_CHARACTERS = 24
+"""Of one term: names become folder names, which have a limit."""
 WORD = r"(?u)\b[^\W\d_][\w]*[^\W\d_]\b"
 """Two characters or more, a letter at both ends."""
 
@@ -178,4 +180,4 @@ def typical(ids: Sequence[str], coordinates_NK: np.ndarray, labels_N: np.ndarray
 
 def _slug(word: str) -> str:
     plain = unicodedata.normalize("NFKD", word).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:MAX_SLUG_CHARACTERS].strip("-")

@@ -81,8 +81,8 @@ class _RowError(ValueError):
 def read_source(source: str, seed: int = 0) -> Iterator[Record | Rejected]:
     """Read every row of a source, in order.
 
-    Rows are `messages` (role and content), alpaca (`instruction`, `input`, `output`) or `prompt` and `completion` (texts
-    or messages). Files are JSON lines, a JSON array, or Parquet; JSON may be compressed (.gz, .bz2, .zst).
+    Rows are `messages` (role and content), alpaca (`instruction`, `input`, `output`) or `prompt` and `completion`
+    (texts or messages). Files are JSON lines, a JSON array, or Parquet; JSON may be compressed (.gz, .bz2, .zst).
 
     Args:
         source: a file, folder (read recursively) or glob, local or a URI that pyarrow knows (`s3://`, `gs://`, ...);
@@ -135,7 +135,9 @@ def _find_files(source: str) -> tuple[fs.FileSystem, list[str]]:
         else:
             raise SourceError(f"{source}: no such file or folder; correct data.sources in the recipe")
     except (OSError, pa.ArrowInvalid) as error:
-        raise SourceError(f"{source}: cannot be reached ({_first_line(error)}); check the address and access") from error
+        raise SourceError(
+            f"{source}: cannot be reached ({_first_line(error)}); check the address and access"
+        ) from error
     known = ", ".join((*LINES, *PARQUET))
     if not paths:
         raise SourceError(f"{source}: holds no data; expected files that end in {known}")

@@ -103,11 +103,9 @@ def _check_dropout(model: PeftModel) -> None:
     for name, module in model.named_modules():
         if not module.training:
             continue
-        rates = {"p": module.p} if isinstance(module, nn.Dropout) else {}
-        rates |= {key: getattr(module, key) for key in ("attention_dropout", "dropout") if _is_rate(module, key)}
-        if any(rate > 0 for rate in rates.values()):
+        # Layers that drop by a function keep the rate under a name of their own: attention_dropout, layerdrop, ...
+        rates = [value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]
+        if isinstance(module, nn.Dropout):
+            rates.append(module.p)
+        if any(rate > 0 for rate in rates):
             raise CoverageError(f"{name}: dropout is live; call model.eval() first")
-
-
-def _is_rate(module: nn.Module, key: str) -> bool:
-    return isinstance(getattr(module, key, None), float)

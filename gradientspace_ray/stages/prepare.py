@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 

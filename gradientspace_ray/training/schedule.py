@@ -19,7 +19,7 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_share: float)
 
     Args:
         step: 0 is the first.
-        total_steps: the last step, `total_steps - 1`, has a tenth of the peak.
+        total_steps: the last step, `total_steps - 1`, has a tenth of the peak, unless it is the first after the rise.
         peak: reached at the end of the rise.
         warmup_share: share of the steps in which it rises.
     """
