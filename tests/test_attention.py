@@ -95,6 +95,7 @@ def test_ragged_lengths_with_and_without_a_window(lengths: list[int], seed: int)
 def test_unpacked_use_is_transformers_sdpa(name: str) -> None:
     ours, reference = segmented(CONFIGS[name]), random_causal_lm(CONFIGS[name])
     reference.set_attn_implementation("sdpa")
+    assert ours.config._attn_implementation == SEGMENTED
     ids = torch.tensor([ragged([12])[0][0], ragged([12], 1)[0][0]])
     mask = torch.ones_like(ids)
     mask[0, :4] = 0

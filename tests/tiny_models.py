@@ -1,5 +1,6 @@
 """Tiny random models with real tokenizers, saved as ordinary model folders."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -61,10 +62,11 @@ def tiny_llama_config(**changes: object) -> LlamaConfig:
 
 
 def random_causal_lm(config: PreTrainedConfig, seed: int = 0) -> torch.nn.Module:
-    """A float32 model of this configuration in eval mode; the global random state is left alone."""
+    """A float32 model in eval mode with a configuration of its own; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        # The model keeps the object that it is given, and its attention is a setting there.
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
 
 
 def save_tiny_model(folder: Path, seed: int = 0) -> Path:

@@ -17,8 +17,6 @@ from sklearn.neighbors import NearestNeighbors
 
 DENSE_EXAMPLES = 1500
 """Up to this many examples all eigenvectors are computed at once, which is exact and quick."""
-LEAST_COSINE = 1e-9
-"""Cosines up to this are rounding."""
 STARTS = 10
 """Starts of k-means, the best of which is kept."""
 
@@ -43,7 +41,7 @@ def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int) -> csr_matrix:
     """Symmetric graph of each example's nearest neighbours by cosine.
 
     The weight of an edge is the cosine, where positive, halved when only one end counts the other as a neighbour. A
-    zero row has no edges.
+    zero row has none, and counts as 60 degrees from all others: it joins some cluster and does not become one.
 
     Args:
         coordinates_NK: of any length; they are scaled to unit length.
@@ -57,15 +55,11 @@ def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int) -> csr_matrix:
     used = min(neighbours, count - 1)
     if used < 1:
         return csr_matrix((count, count))
-    # Asked without arguments, an example is not its own neighbour.
+    # On unit rows, distance^2 = 2 - 2 cosine; asked without arguments, an example is not its own neighbour.
     distances_NM, indices_NM = NearestNeighbors(n_neighbors=used, algorithm="brute").fit(unit_NK).kneighbors()
-    # 2 a.b = |a|^2 + |b|^2 - |a - b|^2, where |a|^2 is 1, or 0 for a zero row.
-    squares_N = unit_NK.any(axis=1).astype(np.float64)
-    cosines_NM = (squares_N[:, None] + squares_N[indices_NM] - distances_NM**2) / 2
-    # Rounding must not tie an example to what is orthogonal to it: the normalised graph ignores how weak all ties are.
-    weights_NM = np.where(cosines_NM > LEAST_COSINE, cosines_NM, 0.0)
+    weights = np.clip(1 - distances_NM**2 / 2, 0, None).ravel()
     rows = np.repeat(np.arange(count), used)
-    graph = csr_matrix((weights_NM.ravel(), (rows, indices_NM.ravel())), shape=(count, count))
+    graph = csr_matrix((weights, (rows, indices_NM.ravel())), shape=(count, count))
     graph = (graph + graph.T) / 2
     graph.eliminate_zeros()
     return graph
