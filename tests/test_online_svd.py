@@ -159,7 +159,7 @@ def test_bfloat16_rows_are_taken_as_they_are():
 def test_buffer_is_the_cheapest():
     for rank in (1, 5, 64, 128):
         costs = {size: ((rank + size) ** 2 + rank * (rank + size)) / size for size in range(1, 3 * rank + 2)}
-        assert costs[OnlineSVD(rank).buffer_rows] <= 1.001 * min(costs.values())
+        assert costs[OnlineSVD(rank).buffer_rows] <= 1.01 * min(costs.values())
 
 
 def test_bad_input_is_refused():

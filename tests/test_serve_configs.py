@@ -15,6 +15,12 @@ from gradientspace_ray.serving.app import ServeArguments, build
 CONFIGS = sorted((Path(__file__).parents[1] / "serve_configs").glob("*.yaml"))
 
 
+def read_config(path):
+    """Serve's part of a file: all of it, or what a KubeRay service embeds."""
+    document = yaml.safe_load(path.read_text())
+    return yaml.safe_load(document["spec"]["serveConfigV2"]) if document.get("kind") == "RayService" else document
+
+
 def models_in(annotation):
     """The pydantic models that a field's annotation names."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -42,7 +48,7 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_is_valid_to_the_last_key(path):
-    config = yaml.safe_load(path.read_text())
+    config = read_config(path)
     ServeDeploySchema.model_validate(config)
     assert unknown_keys(config, ServeDeploySchema) == []
     for application in config["applications"]:
@@ -51,7 +57,7 @@ def test_config_is_valid_to_the_last_key(path):
 
 
 def test_the_key_check_finds_a_typo_at_every_level():
-    config = yaml.safe_load(CONFIGS[0].read_text())
+    config = read_config(next(path for path in CONFIGS if path.name == "local.yaml"))
     config["proxy_locaton"] = "HeadOnly"
     config["http_options"]["prot"] = 1
     config["applications"][0]["deployments"] = [{"name": "Experts", "max_ongoing_request": 3}]
