@@ -303,7 +303,7 @@ def _messages(row: Mapping[str, Any]) -> list[Any]:
 
 def _checked(messages: list[Any]) -> list[dict[str, str]]:
     """Messages of known roles with text, up to the last answer."""
-    turns = []
+    turns: list[dict[str, str]] = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):
             raise _RowError("wrong_type", f"message {number} is {_typename(message)}, not an object")
@@ -319,12 +319,12 @@ def _checked(messages: list[Any]) -> list[dict[str, str]]:
         raise _RowError("empty_response", "the assistant says nothing")
     if USER not in roles[: roles.index(ASSISTANT)]:
         raise _RowError("empty_prompt", "the user says nothing before the first answer")
-    turns = until_last_answer(turns)
-    for number, turn in enumerate(turns, start=1):
+    answered = [dict(turn) for turn in until_last_answer(turns)]
+    for number, turn in enumerate(answered, start=1):
         if not turn["content"].strip() and turn["role"] != "system":
             reason: Reason = "empty_response" if turn["role"] == ASSISTANT else "empty_prompt"
             raise _RowError(reason, f"message {number} ({turn['role']}) is empty")
-    return turns
+    return answered
 
 
 def _text(value: Any, what: str) -> str:

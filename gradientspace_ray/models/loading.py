@@ -52,7 +52,7 @@ def resolve_model(name: str) -> str:
     """
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
-    with _quiet():
+    with without_progress_bars():
         folder = bundled_folder(name)
     return str(folder) if folder else name
 
@@ -63,7 +63,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be found.
     """
-    with _quiet(), _explained(name):
+    with without_progress_bars(), _explained(name):
         return AutoTokenizer.from_pretrained(resolve_model(name))
 
 
@@ -88,7 +88,7 @@ def load_base(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"{name}: this process sees no CUDA GPU; set compute.gpus_per_worker=1, or compute.device=cpu")
     try:
-        with _quiet(), _explained(name):
+        with without_progress_bars(), _explained(name):
             model = AutoModelForCausalLM.from_pretrained(
                 resolve_model(name), dtype=as_dtype(dtype), attn_implementation=attention
             )
@@ -270,7 +270,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Without transformers' progress bars, which would break into the stages' own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModel
 
-from gradientspace_ray.models.loading import load_tokenizer, resolve_model
+from gradientspace_ray.models.loading import load_tokenizer, resolve_model, without_progress_bars
 
 PROMPTS_PER_BATCH = 32
 
@@ -31,7 +31,8 @@ class PromptEncoder:
         """
         self.name = name
         self._tokenizer = load_tokenizer(name)
-        model = AutoModel.from_pretrained(resolve_model(name), dtype=torch.float32)
+        with without_progress_bars():
+            model = AutoModel.from_pretrained(resolve_model(name), dtype=torch.float32)
         self._model = model.to(device).eval().requires_grad_(False)
         positions = getattr(model.config, "max_position_embeddings", max_tokens)
         self.max_tokens = min(max_tokens, positions, self._tokenizer.model_max_length)
