@@ -1,12 +1,14 @@
 import json
 import random
+import shutil
 
 import pytest
+from tiny_models import byte_tokenizer
 
 from gradientspace_ray.examples.formats import SourceError
 from gradientspace_ray.recipe import parse_recipe
 from gradientspace_ray.run import RunDirectory
-from gradientspace_ray.stages.prepare import DataError, prepare, split_of
+from gradientspace_ray.stages.prepare import SCHEMA, DataError, prepare, split_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -15,11 +17,12 @@ SPLITS = ("train", "validation", "test")
 def make(tmp_path, tiny_model_dir):
     """Write rows, prepare them, and return (summary, run directory, split -> rows)."""
 
-    def build(rows, **data):
+    def build(rows, model=tiny_model_dir, view="last_user", seed=0, **data):
         path = tmp_path / "data.jsonl"
         path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
         settings = {"sources": [str(path)], "validation_share": 0.2, "test_share": 0.2} | data
-        recipe = parse_recipe({"name": "t", "model": {"name": str(tiny_model_dir)}, "data": settings})
+        parts = {"model": {"name": str(model)}, "router": {"view": view}, "data": settings}
+        recipe = parse_recipe({"name": "t", "seed": seed} | parts)
         run = RunDirectory(tmp_path / "run")
         summary = prepare(recipe, run)
         return summary, run, {split: run.read_table(f"examples/{split}.parquet").to_pylist() for split in SPLITS}
@@ -46,18 +49,64 @@ def test_columns_counts_and_hidden_domain(make):
 def test_bad_lines_are_counted_by_reason_and_listed_with_their_place(make, tmp_path):
     rows = [*(row(number) for number in range(40)), "{broken\n", row(1), {"prompt": "?", "completion": ""}]
     rows.append({"prompt": "long", "completion": "x" * 500})
-    summary, run, _ = make(rows, max_tokens=200)
+    summary, run, splits = make(rows, max_tokens=200)
     expected = {"malformed_json": 1, "duplicate": 1, "empty_response": 1, "too_long": 1}
     assert summary.counts["rejected_by_reason"] == expected
+    assert summary.counts["rejected"] == 4
+    assert summary.counts["examples"] == 40
+    assert summary.counts["tokens"] == sum(r["tokens"] for rows in splits.values() for r in rows)
+    assert "4 rejected" in summary.made
     listed = [json.loads(line) for line in run.read_bytes("examples/rejected.jsonl").decode().splitlines()]
-    places = {rejection["reason"]: rejection["place"] for rejection in listed}
     path = tmp_path / "data.jsonl"
-    assert places == {
-        "malformed_json": f"{path}:41",
-        "duplicate": f"{path}:42",
-        "empty_response": f"{path}:43",
-        "too_long": f"{path}:44",
-    }
+    assert [(rejection["place"], rejection["reason"]) for rejection in listed] == [
+        (f"{path}:41", "malformed_json"),
+        (f"{path}:42", "duplicate"),
+        (f"{path}:43", "empty_response"),
+        (f"{path}:44", "too_long"),
+    ]
+    assert listed[1]["detail"] == f"same text as {path}:2"
+    assert listed[3]["detail"].endswith("more than data.max_tokens 200")
+
+
+def test_a_conversation_that_the_template_refuses_is_rejected(make, tmp_path, tiny_model_dir):
+    model = shutil.copytree(tiny_model_dir, tmp_path / "strict")
+    tokenizer = byte_tokenizer()
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
+    rows = [*(row(number) for number in range(40)), {"prompt": system, "completion": "!"}]
+    summary, _, _ = make(rows, model=model)
+    assert summary.counts["rejected_by_reason"] == {"not_rendered": 1}
+
+
+def test_every_column_has_its_type_and_a_missing_domain_is_null(make):
+    _, run, splits = make([row(number) for number in range(40)])
+    for split in SPLITS:
+        assert run.read_table(f"examples/{split}.parquet").schema == SCHEMA
+        assert all(example["domain"] is None for example in splits[split])
+
+
+def test_the_order_of_the_sources_does_not_matter(make, tmp_path):
+    paths = []
+    for start in (0, 40):
+        lines = (json.dumps(row(number)) + "\n" for number in range(start, start + 50))
+        paths.append(tmp_path / f"{start}.jsonl")
+        paths[-1].write_text("".join(lines))
+    first, _, splits = make([], sources=[str(path) for path in paths])
+    again, _, swapped = make([], sources=[str(path) for path in reversed(paths)])
+    assert first.counts["rejected_by_reason"] == again.counts["rejected_by_reason"] == {"duplicate": 10}
+    assert first.output == again.output
+    assert [r["id"] for r in splits["train"]] == [r["id"] for r in swapped["train"]]
+
+
+def test_the_output_changes_with_whatever_later_stages_read(make):
+    turns = [{"role": "system", "content": "Be brief."}]
+    rows = [{"prompt": [*turns, {"role": "user", "content": f"{number}?"}], "completion": "!"} for number in range(60)]
+    outputs = {make(rows)[0].output, make(rows, view="conversation")[0].output, make(rows[1:])[0].output}
+    outputs |= {make([one | {"domain": "sums"} for one in rows])[0].output}
+    assert len(outputs) == 4
+    assert make(rows)[0].output in outputs
 
 
 def test_the_split_depends_on_the_prompt_alone(make):
@@ -74,7 +123,17 @@ def test_the_split_depends_on_the_prompt_alone(make):
         assert {r["id"] for r in found} <= {r["id"] for r in splits[name]}
 
 
-def test_near_duplicates_share_a_split(make, tiny_model_dir):
+def test_answers_to_one_prompt_are_in_one_split(make):
+    answers = ("Yes.", "No.", "Who knows?")
+    rows = [{"prompt": f"Is {number} odd?", "completion": answer} for number in range(40) for answer in answers]
+    rows += [{"prompt": f" is  {number} ODD?", "completion": "Maybe."} for number in range(40)]
+    _, _, splits = make(rows)
+    prompts = [{" ".join(r["prompt"].lower().split()) for r in found} for found in splits.values()]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 40
+    assert sum(map(len, splits.values())) == 160
+
+
+def test_near_duplicates_share_a_split():
     data = parse_recipe({"name": "t", "model": {"name": "m"}, "data": {"sources": ["x"]}}).data
     for number in range(200):
         assert split_of(f"What is  {number}?", data) == split_of(f"what is {number}? ", data)
@@ -87,24 +146,46 @@ def test_a_sample_is_seeded_and_does_not_depend_on_the_order(make):
     rows = [row(number) for number in range(80)]
     _, _, first = make(rows, max_examples=30)
     _, _, again = make(rows[::-1], max_examples=30)
-    assert first == again
-    assert sum(map(len, first.values())) == 30
+    _, _, other = make(rows, max_examples=30, seed=1)
+    ids = [[{r["id"] for r in found} for found in drawn.values()] for drawn in (first, again, other)]
+    assert ids[0] == ids[1] != ids[2]
+    assert sum(map(len, ids[0])) == sum(map(len, ids[2])) == 30
+
+
+NO_SPLIT = {"validation_share": 1e-6, "test_share": 1e-6}
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "data", "message"),
     [
-        ([row(1)], "1 usable examples, at least 3 are needed"),
-        (["{broken\n"], "malformed_json"),
-        ([row(number) for number in range(3)], "give more data"),
+        ([row(1)], {}, "1 usable examples, at least 3 are needed; give more data"),
+        ([], {}, "0 usable examples"),
+        (
+            ["{broken\n"] * 2 + [row(1)] * 2,
+            {},
+            "1 usable examples.*; rejected: 1 duplicate, 2 malformed_json, see .*rejected",
+        ),
+        (
+            [row(number) for number in range(30)],
+            NO_SPLIT,
+            "no validation examples out of 30; raise data.validation_share",
+        ),
+        ([row(number) for number in range(30)], NO_SPLIT | {"validation_share": 0.4}, "no test examples out of 30"),
     ],
-    ids=["one example", "none", "too few to split"],
+    ids=["one example", "none", "mostly rejected", "no validation", "no test"],
 )
-def test_too_little_data_is_one_clear_line(make, rows, message):
-    with pytest.raises(DataError) as caught:
-        make(rows)
-    assert message in str(caught.value)
+def test_too_little_data_is_one_clear_line(make, tmp_path, rows, data, message):
+    with pytest.raises(DataError, match=message) as caught:
+        make(rows, **data)
     assert "\n" not in str(caught.value)
+    assert str(tmp_path / "data.jsonl") in str(caught.value)
+
+
+def test_what_was_rejected_is_listed_even_when_too_little_is_left(make, tmp_path):
+    with pytest.raises(DataError):
+        make(["{broken\n", row(1)])
+    [line] = (tmp_path / "run" / "examples" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["place"] == f"{tmp_path / 'data.jsonl'}:1"
 
 
 def test_a_missing_file_is_named(make, tmp_path):

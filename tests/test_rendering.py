@@ -1,7 +1,12 @@
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import byte_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from gradientspace_ray.examples.rendering import IGNORED, Renderer, RenderingError, example_id, prompt_view
 
@@ -22,9 +27,14 @@ def test_the_prompt_s_tokens_are_where_the_example_begins(turns, system):
     renderer = Renderer(TOKENIZER)
     example, prompt = renderer.example(messages), renderer.prompt(messages[:-1])
     assert example.input_ids[: len(prompt)] == prompt
-    assert example.labels[: len(prompt)].count(IGNORED) < len(prompt) or len(turns) == 1
     assert example.labels[len(prompt) :] == example.input_ids[len(prompt) :]
     assert TOKENIZER.decode(example.input_ids) == example.text
+    labelled = [label for label in example.labels if label != IGNORED]
+    assert TOKENIZER.decode(labelled) == "".join(f"{answer}<|im_end|>" for _, answer in turns)
+    for turn in range(len(turns)):
+        before = renderer.prompt(messages[: (system is not None) + 2 * turn + 1])
+        assert example.input_ids[: len(before)] == before
+        assert example.labels[len(before) - 1] == IGNORED != example.labels[len(before)]
 
 
 def test_labels_are_the_answers_and_their_ends_of_turn():
@@ -51,6 +61,43 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one():
     assert rendered.input_ids[: len(renderer.prompt(messages[:1]))] == renderer.prompt(messages[:1])
 
 
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"])
+def test_a_token_never_spans_the_border_of_prompt_and_answer(template):
+    state = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    state["model"]["vocab"]["ĊĊ"] = 999
+    state["model"]["merges"] = [["Ċ", "Ċ"]]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>")
+    tokenizer.chat_template = template
+    renderer, messages = Renderer(tokenizer), conversation(["one?", "\nfirst"])
+    example, prompt = renderer.example(messages), renderer.prompt(messages[:1])
+    assert tokenizer.encode(example.text, add_special_tokens=False)[: len(prompt)] != prompt
+    assert example.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(example.input_ids) == example.text
+
+
+def test_the_plain_template_begins_once_with_the_token_that_the_tokenizer_begins_with():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    bos = ("<|im_start|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[bos])
+    example = Renderer(tokenizer).example(conversation(["one?", "first", "two?", "second"], "Be brief."))
+    assert example.input_ids[0] == tokenizer.bos_token_id
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert example.text.startswith("<|im_start|>System:\nBe brief.\n\nUser:\none?\n\nAssistant:\nfirst<|im_end|>\n\n")
+    labelled = [label for label in example.labels if label != IGNORED]
+    assert tokenizer.decode(labelled) == "first<|im_end|>second<|im_end|>"
+
+
+def test_a_conversation_that_the_template_refuses_is_one_line():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(
+        RenderingError, match=r"^the chat template does not allow the roles user \(roles must alt"
+    ) as caught:
+        Renderer(tokenizer).example(conversation(["one?", "first"]))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_template_that_rewrites_earlier_text_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -72,6 +119,10 @@ def test_the_views():
     assert prompt_view(messages, "last_user") == "two?"
     assert prompt_view(messages, "conversation") == "user: one?\n\nassistant: first\n\nuser: two?"
     assert prompt_view(messages[:2], "conversation") == "one?"
+    with_system = conversation(["one?", "first"], "Be brief.")
+    assert prompt_view(with_system, "conversation") == "system: Be brief.\n\nuser: one?"
+    assert prompt_view(with_system, "first_user") == prompt_view(with_system, "last_user") == "one?"
+    assert prompt_view([], "conversation") == prompt_view(with_system[:1], "last_user") == ""
 
 
 def test_ids_follow_the_text():

@@ -4,6 +4,7 @@ A row that cannot be used becomes a `Rejected` with its place, and reading goes 
 raises.
 """
 
+import fnmatch
 import hashlib
 import io
 import json
@@ -128,13 +129,13 @@ def _find_files(source: str) -> tuple[fs.FileSystem, list[str]]:
         if info.type == fs.FileType.File:
             paths = [path]
         elif info.type == fs.FileType.Directory:
-            paths = [name for name in _walk(filesystem, path, path) if _kind(name)]
-        elif GLOB.search(path):
-            root = path[: GLOB.search(path).start()].rpartition("/")[0]  # type: ignore[union-attr]
-            paths = [name for name in _walk(filesystem, root, path) if _matches(path, name)]
+            paths = [name for name in _expand(filesystem, path, ["**", "*"]) if _kind(name)]
+        elif found := GLOB.search(path):
+            root = path[: found.start()].rpartition("/")[0]
+            paths = _expand(filesystem, root or "/", path[len(root) + 1 :].split("/"))
         else:
             raise SourceError(f"{source}: no such file or folder; correct data.sources in the recipe")
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # a file name may not be UTF-8
         raise SourceError(
             f"{source}: cannot be reached ({_first_line(error)}); check the address and access"
         ) from error
@@ -147,54 +148,52 @@ def _find_files(source: str) -> tuple[fs.FileSystem, list[str]]:
     return filesystem, paths
 
 
-def _walk(filesystem: fs.FileSystem, root: str, visible: str) -> list[str]:
-    """All files below a folder; hidden and temporary ones only where `visible` names them."""
-    found = []
-    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True)):
-        parts = info.path[len(root) :].strip("/").split("/")
-        hidden = any(part.startswith((".", "_")) and part not in visible.split("/") for part in parts)
-        if info.type == fs.FileType.File and not hidden:
-            found.append(info.path)
-    return sorted(found)
+def _expand(filesystem: fs.FileSystem, root: str, pattern: list[str]) -> list[str]:
+    """Files below `root` whose parts match the pattern's, sorted."""
+    selector = fs.FileSelector(root, recursive=len(pattern) > 1, allow_not_found=True)
+    infos = [info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+    return sorted(info.path for info in infos if _matches(pattern, info.path[len(root) :].strip("/").split("/")))
 
 
-def _matches(pattern: str, path: str) -> bool:
-    """Shell glob: `*` and `?` stay inside a folder, `**/` spans any number of them."""
-    tokens = re.split(r"(\*\*/|\*+|\?|\[[^\]]+\])", pattern)
-    special = {"**/": "(?:.*/)?", "?": "[^/]"}
-    regex = ""
-    for token in tokens:
-        if token in special:
-            regex += special[token]
-        elif token.startswith("*"):
-            regex += "[^/]*"
-        else:
-            regex += token.replace("[!", "[^", 1) if token.startswith("[") and token.endswith("]") else re.escape(token)
-    return re.fullmatch(regex, path) is not None
+def _matches(pattern: list[str], parts: list[str]) -> bool:
+    """Shell glob over the parts of a path: `**` spans any number of folders.
+
+    Hidden and temporary names (`.x`, `_x`) match only a pattern that begins as they do.
+    """
+    if not pattern or not parts:
+        return not pattern and not parts
+    hidden = parts[0].startswith((".", "_")) and not pattern[0].startswith(parts[0][0])
+    if pattern[0] == "**" and len(pattern) > 1:
+        return _matches(pattern[1:], parts) or (not hidden and _matches(pattern, parts[1:]))
+    return not hidden and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(pattern[1:], parts[1:])
 
 
-def _kind(path: str) -> Literal["lines", "parquet"] | None:
+def _kind(path: str) -> Literal["json", "lines", "parquet"] | None:
+    """By the name; a `.json` holds lines or an array."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix in PARQUET:
         return "parquet"
     if suffix in COMPRESSIONS:
         suffix = os.path.splitext(stem)[1]
-    return "lines" if suffix in LINES else None
+    if suffix not in LINES:
+        return None
+    return "json" if suffix == ".json" else "lines"
 
 
 def _read_file(filesystem: fs.FileSystem, path: str) -> Iterator[Record | Rejected]:
+    kind = _kind(path)
     try:
-        if _kind(path) == "parquet":
+        if kind == "parquet":
             with filesystem.open_input_file(path) as file:
                 yield from _read_parquet(pq.ParquetFile(file), path)
             return
         with io.BufferedReader(filesystem.open_input_stream(path, compression="detect"), READ_BYTES) as stream:
             is_array = stream.peek(READ_BYTES).removeprefix(BOM).lstrip()[:1] == b"["
-            if is_array and not path.lower().endswith(".jsonl"):
+            if kind == "json" and is_array:
                 yield from _read_array(stream.read(), path)
             else:
                 yield from _read_lines(stream, path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise SourceError(f"{path}: cannot be read ({_first_line(error)}); replace the file") from error
 
 
@@ -205,9 +204,15 @@ def _read_parquet(file: pq.ParquetFile, path: str) -> Iterator[Record | Rejected
         raise SourceError(f"{path}: {_unknown_format(file.schema_arrow.names)}")
     number = 0
     for batch in file.iter_batches(READ_ROWS, columns=columns):
-        for row in batch.to_pylist():
+        for index in range(batch.num_rows):
             number += 1
-            yield _convert(row, path, f"{path}:{number}")
+            place = f"{path}:{number}"
+            try:
+                [row] = batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield Rejected(place, "not_utf8", f"byte {error.start + 1} of a text is not UTF-8")
+            else:
+                yield _convert(row, path, place)
 
 
 def _read_lines(stream: io.BufferedReader, path: str) -> Iterator[Record | Rejected]:
@@ -227,7 +232,7 @@ def _read_lines(stream: io.BufferedReader, path: str) -> Iterator[Record | Rejec
 
 
 def _read_array(data: bytes, path: str) -> Iterator[Record | Rejected]:
-    """Rows of a JSON array, each with the line that it begins on; what follows a malformed row is lost."""
+    """Rows of a JSON array, each with the line that it begins on; what follows a malformed row is not read."""
     try:
         text = data.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
@@ -239,14 +244,17 @@ def _read_array(data: bytes, path: str) -> Iterator[Record | Rejected]:
     while True:
         position = space.match(text, position).end()  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, position), position
+        place = f"{path}:{line}"
         if text[position : position + 1] == "]":
+            if text[position + 1 :].strip():
+                yield Rejected(place, "malformed_json", "the array ends here; what follows it is not read")
             return
         try:
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            yield Rejected(f"{path}:{line}", "malformed_json", f"{_first_line(error)}; the rows after it are not read")
+            yield Rejected(place, "malformed_json", f"{_first_line(error)}; the rows after it are not read")
             return
-        yield _convert(row, path, f"{path}:{line}")
+        yield _convert(row, path, place)
 
 
 def _read_hub(source: str) -> Iterator[Record | Rejected]:
@@ -345,7 +353,9 @@ def _list(value: Any, what: str) -> list[Any]:
 
 def _unknown_format(names: Any) -> str:
     expected = "; ".join(" and ".join(fields) for fields in FIELDS)
-    return f"has {', '.join(map(str, list(names)[:8])) or 'no fields'}, expected one of: {expected}"
+    # A name may be anything, but the message is one line of UTF-8.
+    shown = ", ".join(ascii(str(name))[1:-1][:40] for name in list(names)[:8])
+    return f"has {shown or 'no fields'}, expected one of: {expected}"
 
 
 def _typename(value: Any) -> str:

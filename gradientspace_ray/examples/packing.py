@@ -9,8 +9,8 @@ from functools import cached_property
 
 import torch
 
-IGNORED = -100
-"""Label of a token without loss."""
+from gradientspace_ray.examples.rendering import IGNORED
+
 Example = tuple[Sequence[int], Sequence[int]]
 """Token ids and labels, of equal length."""
 

@@ -34,6 +34,8 @@ SCHEMA = pa.schema(
         "domain": pa.string(),
     }
 )
+DECISIVE = ("id", "input_ids", "labels", "prompt", "domain")
+"""Columns that later stages compute with: a change in one of them makes their outputs stale."""
 
 
 class DataError(ValueError):
@@ -62,11 +64,11 @@ def prepare(recipe: Recipe, run: RunDirectory) -> Summary:
                 rows[result["id"]] = result
             if count % REPORT_EVERY == 0:
                 bars.update("reading", count, count, f"{len(rejected)} rejected")
-    splits = _split(_sample(sorted(rows.values(), key=lambda row: row["id"]), recipe), recipe.data)
-    reasons = Counter(rejection.reason for rejection in rejected)
-    _check(splits, recipe.data, reasons, run)
     lines = (json.dumps(asdict(rejection), ensure_ascii=False) + "\n" for rejection in rejected)
     run.write_bytes("examples/rejected.jsonl", "".join(lines).encode())
+    reasons = Counter(rejection.reason for rejection in rejected)
+    splits = _split(_sample(sorted(rows.values(), key=lambda row: row["id"]), recipe), recipe.data)
+    _check(splits, recipe.data, reasons, run)
     for name, members in splits.items():
         columns = {column: [row[column] for row in members] for column in SCHEMA.names}
         run.write_table(f"examples/{name}.parquet", pa.table(columns, SCHEMA))
@@ -130,7 +132,8 @@ def _check(
     total = sum(map(len, splits.values()))
     sources = ", ".join(data.sources)
     if total < len(SPLITS):
-        why = f"; rejected: {dict(reasons)}" if reasons else ""
+        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        why = f"; rejected: {listed}, see {run.path('examples/rejected.jsonl')}" if reasons else ""
         raise DataError(f"{sources}: {total} usable examples, at least {len(SPLITS)} are needed{why}; give more data")
     shares = {"validation": data.validation_share, "test": data.test_share}
     for name, share in shares.items():
@@ -156,5 +159,9 @@ def _summary(splits: dict[str, list[dict[str, Any]]], rejected: list[Rejected], 
             "rejected": len(rejected),
             "rejected_by_reason": dict(sorted(reasons.items())),
         },
-        output=digest_of({name: [[row["id"], row["labels"]] for row in rows] for name, rows in splits.items()}),
+        output=digest_of({name: [_row_digest(row) for row in rows] for name, rows in splits.items()}),
     )
+
+
+def _row_digest(row: dict[str, Any]) -> str:
+    return digest_of([row[column] for column in DECISIVE])
