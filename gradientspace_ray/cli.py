@@ -6,16 +6,21 @@ package imports at the top.
 
 import contextlib
 import errno
+import ipaddress
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from enum import Enum
 from typing import Annotated, Any
 
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gradientspace_ray import recipe as recipes
@@ -28,7 +33,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(highlight=False, soft_wrap=True)
+API_KEY_ENV = "GRADIENTSPACE_API_KEY"
+ANSWER_TIMEOUT_S = 300
 RunDirArgument = Annotated[str, typer.Argument(help="A run directory: a local folder or an s3:// or gs:// URI.")]
+
+
+class Device(str, Enum):
+    """Where the experts compute."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 @app.command()
@@ -39,23 +53,22 @@ def run(
         list[str] | None, typer.Option("--set", help="Override a key, as in --set experts.epochs=2; repeatable.")
     ] = None,
     until: Annotated[str | None, typer.Option(help=f"Last stage to run: {', '.join(recipes.STAGES)}.")] = None,
+    again: Annotated[str | None, typer.Option(help="Run this stage once more, although it is done.")] = None,
 ) -> None:
     """Run a recipe from dataset to router. Finished stages are skipped, so the same command also resumes."""
     settings = recipes.load_recipe(recipe, assignments or [])
-    if until is not None and until not in recipes.STAGES:
-        raise recipes.RecipeError(f"--until {until}: no such stage; stages are {', '.join(recipes.STAGES)}")
+    for option, stage in (("--until", until), ("--again", again)):
+        if stage is not None and stage not in recipes.STAGES:
+            raise recipes.RecipeError(f"{option} {stage}: no such stage; stages are {', '.join(recipes.STAGES)}")
     directory = RunDirectory(run_dir or f"runs/{settings.name}")
-    from gradientspace_ray import connection, pipeline
+    with _interruptible("run the same command again to continue where it stopped"):
+        from gradientspace_ray import pipeline
 
-    try:
-        with connection.disconnecting():
-            pipeline.run_pipeline(settings, directory, until, console)
-    except KeyboardInterrupt:
-        console.print("\ninterrupted; run the same command again to continue where it stopped", style="yellow")
-        raise typer.Exit(130) from None
+        with pipeline.disconnecting():
+            pipeline.run_pipeline(settings, directory, console, until, again)
     console.print(_table(directory.manifest()))
     if "evaluate" in directory.manifest().stages and until in (None, "report"):
-        shown = run_dir or f"runs/{settings.name}"
+        shown = escape(run_dir or f"runs/{settings.name}")
         console.print("Next:")
         console.print(f"  open {shown}/report.html")
         console.print(f"  gradientspace route {shown} 'Write a Python function that reverses a list.'")
@@ -69,8 +82,7 @@ def status(
 ) -> None:
     """Show the stages of a run: what is done, how long it took, what it made."""
     directory = RunDirectory(run_dir)
-    if not directory.exists("manifest.json"):
-        raise FileNotFoundError(f"{run_dir} holds no run; start one with: gradientspace run quickstart")
+    directory.require()
     manifest = directory.manifest()
     if as_json:
         stages = {name: record.model_dump(mode="json") for name, record in manifest.stages.items()}
@@ -82,60 +94,121 @@ def status(
 @app.command()
 def serve(
     run_dir: RunDirArgument,
-    port: Annotated[int, typer.Option(help="Port of the endpoint; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port of the endpoint; 0 takes a free one.", min=0, max=65535)] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    device: Annotated[
+        Device | None, typer.Option(help="Where the experts compute; default is what the run computed on.")
+    ] = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(help="Send this prompt, print the routed answer, and stop; repeatable."),
     ] = None,
 ) -> None:
     """Serve a run's router and experts behind an OpenAI-compatible endpoint."""
-    from gradientspace_ray import connection
-    from gradientspace_ray.serving import app as serving
+    directory = RunDirectory(run_dir)
+    directory.require()
+    with _interruptible("the endpoint has stopped"):
+        _stop_on_sigterm()
+        from gradientspace_ray import pipeline
+        from gradientspace_ray.serving import app as serving
 
-    arguments = serving.ServeArguments(run_dir=RunDirectory(run_dir).uri)
-    with connection.disconnecting():
-        url = serving.start(arguments, host, port)
-        if ask:
-            for prompt in ask:
-                _show_answer(url, prompt)
-            return
-        console.print(f"Serving {run_dir} at {url}/v1 (model: auto). Stop with Ctrl-C. Try:")
-        body = '{"model": "auto", "messages": [{"role": "user", "content": "Tell me a story about a lighthouse."}]}'
-        console.print(f"  curl -i {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        chosen = device.value if device else _device_of(directory)
+        port = serving.free_port(host, port)
+        serving.check_device(chosen)
+        settings = {"run_dir": directory.uri, "device": chosen, "start_attempts": 1}
+        settings["gpus_per_replica"] = 1 if chosen == Device.CUDA.value else 0
+        application = serving.build(serving.ServeArguments.model_validate(settings))
+        with pipeline.disconnecting():
+            pipeline.connect(chosen)
+            _stop_on_sigterm()  # Ray sets its own handler when it starts
+            with serving.endpoint(application, host, port) as url:
+                if not ask:
+                    _announce(run_dir, host, url)
+                    threading.Event().wait()
+                for prompt in ask or []:
+                    _show_answer(url, prompt)
 
 
 @app.command()
 def report(run_dir: RunDirArgument) -> None:
     """Write report.html again from what the run has made so far."""
+    directory = RunDirectory(run_dir)
+    directory.require()
     from gradientspace_ray.stages import report as report_stage
 
-    directory = RunDirectory(run_dir)
     settings = recipes.load_recipe(str(directory.fetch("recipe.yaml")))
-    console.print(report_stage.report(settings, directory).made)
+    console.print(report_stage.report(settings, directory).made, markup=False)
 
 
 @app.command()
 def route(run_dir: RunDirArgument, prompt: Annotated[str, typer.Argument(help="What a user would ask.")]) -> None:
     """Say which expert the router picks for a prompt, without starting an endpoint."""
+    directory = RunDirectory(run_dir)
+    directory.require()
     from gradientspace_ray.router.classifier import Router
 
-    decision = Router.load(RunDirectory(run_dir).fetch("router")).route([prompt])[0]
+    decision = Router.load(directory.fetch("router")).route([prompt])[0]
     expert = decision.expert or "generalist"
-    console.print(f"[bold]{expert}[/bold]  confidence {decision.confidence:.2f}, {decision.reason}")
+    console.print(f"[bold]{escape(expert)}[/bold]  confidence {decision.confidence:.2f}, {decision.reason}")
+
+
+@contextlib.contextmanager
+def _interruptible(what_now: str) -> Iterator[None]:
+    """Ctrl-C ends the block with one line and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"\ninterrupted; {what_now}", style="yellow")
+        raise typer.Exit(130) from None
+
+
+def _stop_on_sigterm() -> None:
+    """Let SIGTERM do what Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _device_of(directory: RunDirectory) -> str:
+    return recipes.load_recipe(str(directory.fetch("recipe.yaml"))).compute.device
+
+
+def _announce(run_dir: str, host: str, url: str) -> None:
+    """Say where the endpoint is, and how to ask it."""
+    console.print(f"Serving {escape(run_dir)} at {url}/v1 (model: auto). Stop with Ctrl-C. Try:")
+    body = '{"model": "auto", "messages": [{"role": "user", "content": "Tell me a story about a lighthouse."}]}'
+    key = f' -H "Authorization: Bearer ${API_KEY_ENV}"' if os.environ.get(API_KEY_ENV) else ""
+    command = f"curl -i '{url}/v1/chat/completions'{key} -H 'Content-Type: application/json' -d '{body}'"
+    console.print(f"  {command}", markup=False)
+    if not key and not _is_loopback(host):
+        warning = f"warning: anyone who reaches {host} can use this endpoint; set {API_KEY_ENV} to ask for a key"
+        console.print(escape(warning), style="yellow")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _show_answer(url: str, prompt: str) -> None:
     request = {"model": "auto", "messages": [{"role": "user", "content": prompt}], "max_tokens": 96, "temperature": 0}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=300)
-    answer.raise_for_status()
-    console.print(f"\n[bold]{prompt}[/bold]")
+    key = os.environ.get(API_KEY_ENV)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=request, headers=headers, timeout=ANSWER_TIMEOUT_S)
+    if answer.is_error:
+        raise RuntimeError(f"the endpoint answered with status {answer.status_code}: {_error_message(answer)}")
+    console.print(f"\n[bold]{escape(prompt)}[/bold]")
     for name, value in answer.headers.items():
         if name.startswith("x-gradientspace-"):
-            console.print(f"[dim]{name}: {value}[/dim]")
-    console.print(answer.json()["choices"][0]["message"]["content"], markup=False)
+            console.print(f"[dim]{name}: {escape(value)}[/dim]")
+    console.print(answer.json()["choices"][0]["message"]["content"].strip(), markup=False)
+
+
+def _error_message(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):  # not from this server: a proxy's page
+        return answer.reason_phrase
 
 
 def _table(manifest: Manifest) -> Table:
@@ -149,24 +222,51 @@ def _table(manifest: Manifest) -> Table:
         if record is None:
             table.add_row(name, "[dim]-[/dim]", "", "")
         else:
-            table.add_row(name, record.status, f"{record.seconds:.0f}", record.error or record.made)
+            table.add_row(name, record.status, f"{record.seconds:.0f}", escape(record.error or record.made))
     return table
 
 
 def explain(error: Exception) -> str:
     """One line for the person who must act."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or 'no space left'}); free some space and run the same command again"
-    text: Any = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno == errno.ENOSPC:
+            place = link.filename or "no space left"
+            return f"the disk is full ({place}); free some space and run the same command again"
+    if isinstance(error, httpx.TransportError):
+        return f"the endpoint does not answer ({type(error).__name__}: {error})"
+    # The text of what Ray carries from a worker begins with a traceback; the error itself is its cause.
+    while isinstance(error, _ray_errors()) and isinstance(cause := getattr(error, "cause", None), Exception):
+        error = cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what caused it, also across Ray's workers, outermost first."""
+    seen: set[int] = set()
+    link: Any = error
+    while isinstance(link, BaseException) and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = getattr(link, "cause", None) or link.__cause__
+
+
+def _ray_errors() -> tuple[type[Exception], ...]:
+    """Ray's own errors, without loading Ray: as long as nothing else has loaded it, there are none."""
+    loaded = sys.modules.get("ray.exceptions")
+    return (loaded.RayError,) if loaded else ()
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    return (ValueError, RuntimeError, OSError, KeyError, httpx.HTTPError, httpx.InvalidURL, *_ray_errors())
 
 
 def main() -> None:
     """Entry point of the `gradientspace` command: errors become one line and exit code 1."""
     try:
         app()
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except _expected_errors() as error:
         if os.environ.get("GRADIENTSPACE_DEBUG"):
             traceback.print_exc()
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {explain(error)}", soft_wrap=True, markup=True)
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(explain(error))}", soft_wrap=True)
         raise SystemExit(1) from None

@@ -1,23 +1,28 @@
-"""The stages in order, and what decides each one's output."""
+"""The stages in order, what decides each one's output, and the connection to Ray."""
 
+import contextlib
+import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+import ray
 from rich.console import Console
+from rich.markup import escape
 
 from gradientspace_ray import __version__
-from gradientspace_ray.connection import connect
 from gradientspace_ray.examples import formats
+from gradientspace_ray.models.loading import model_fingerprint
 from gradientspace_ray.recipe import Recipe, dump_recipe
 from gradientspace_ray.run import RunDirectory, StageRecord, Summary, digest_of
 from gradientspace_ray.stages import cluster, extract, merge, prepare, report, route, score, train
 
 StageFunction = Callable[[Recipe, RunDirectory], Summary]
+LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 REPORTED_PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "scikit-learn", "numpy")
 # Settings that change how fast a result comes, not the result.
 SPEED_SETTINGS = {
@@ -43,6 +48,8 @@ class Stage:
     """Recipe sections that decide the output."""
     inputs: tuple[str, ...] = ()
     """Stages whose outputs are read."""
+    outputs: tuple[str, ...] = ()
+    """Names in the run directory; when one has gone, the stage runs again."""
 
 
 def _score_validation(recipe: Recipe, run: RunDirectory) -> Summary:
@@ -54,15 +61,90 @@ def _score_test(recipe: Recipe, run: RunDirectory) -> Summary:
 
 
 STAGES = (
-    Stage("prepare", (prepare.prepare,), ("seed", "data")),
-    Stage("warmup", (train.warmup,), ("seed", "model", "lora", "warmup"), ("prepare",)),
-    Stage("gradients", (extract.extract, merge.merge), ("model", "gradients", "sketch"), ("prepare", "warmup")),
-    Stage("cluster", (cluster.cluster,), ("seed", "clusters"), ("prepare", "gradients")),
-    Stage("experts", (train.experts,), ("seed", "model", "lora", "experts"), ("prepare", "warmup", "cluster")),
-    Stage("router", (_score_validation, route.router), ("seed", "model", "router"), ("prepare", "cluster", "experts")),
-    Stage("evaluate", (_score_test, score.evaluate), ("seed", "model", "evaluate"), ("prepare", "experts", "router")),
-    Stage("report", (report.report,), ("name",), ("prepare", "gradients", "cluster", "experts", "router", "evaluate")),
+    Stage(
+        "prepare",
+        (prepare.prepare,),
+        ("seed", "data"),
+        outputs=tuple(f"examples/{split}.parquet" for split in prepare.SPLITS),
+    ),
+    Stage("warmup", (train.warmup,), ("seed", "model", "lora", "warmup"), ("prepare",), ("generalist",)),
+    Stage(
+        "gradients",
+        (extract.extract, merge.merge),
+        ("model", "gradients", "sketch"),
+        ("prepare", "warmup"),
+        ("sketch/coordinates.parquet", "sketch/spectrum.json"),
+    ),
+    Stage(
+        "cluster",
+        (cluster.cluster,),
+        ("seed", "clusters"),
+        ("prepare", "gradients"),
+        ("clusters/assignments.parquet", "clusters/quality.json"),
+    ),
+    Stage(
+        "experts",
+        (train.experts,),
+        ("seed", "model", "lora", "experts"),
+        ("prepare", "warmup", "cluster"),
+        ("experts",),
+    ),
+    Stage(
+        "router",
+        (_score_validation, route.router),
+        ("seed", "model", "router"),
+        ("prepare", "cluster", "experts"),
+        ("router", "registry.json"),
+    ),
+    Stage(
+        "evaluate",
+        (_score_test, score.evaluate),
+        ("seed", "model", "evaluate"),
+        ("prepare", "experts", "router"),
+        ("evaluation/losses.parquet", "evaluation/scores.json"),
+    ),
+    Stage(
+        "report",
+        (report.report,),
+        ("name",),
+        ("prepare", "gradients", "cluster", "experts", "router", "evaluate"),
+        ("report.html",),
+    ),
 )
+
+
+def connect(device: str) -> None:
+    """Join the Ray cluster that RAY_ADDRESS names, or start a local one; nothing happens when already connected."""
+    if ray.is_initialized():
+        return
+    worker_env = {"TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu":
+        worker_env["DS_ACCELERATOR"] = "cpu"
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env={"env_vars": worker_env}, **quiet)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A local Ray listens on this machine alone; with tokens it would write one into the home folder.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.update(worker_env)
+    ray.init(
+        address="local",
+        num_cpus=max(2, os.cpu_count() or 2),
+        include_dashboard=False,
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        **quiet,
+    )
+
+
+@contextlib.contextmanager
+def disconnecting() -> Iterator[None]:
+    """Leave Ray at the end of the block; a local Ray that `connect` started ends with it."""
+    try:
+        yield
+    finally:
+        if ray.is_initialized():
+            ray.shutdown()
 
 
 def stage_digest(stage: Stage, recipe: Recipe, run: RunDirectory) -> str:
@@ -75,44 +157,66 @@ def stage_digest(stage: Stage, recipe: Recipe, run: RunDirectory) -> str:
         parts[section] = {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
     records = run.manifest().stages
     inputs: dict[str, Any] = {name: records[name].output for name in stage.inputs if name in records}
+    if "model" in parts:
+        inputs["model"] = model_fingerprint(recipe.model.name)
+    if "router" in parts:
+        inputs["encoder"] = model_fingerprint(recipe.router.encoder)
     if stage.name == "prepare":
         inputs = {
-            "tokenizer": recipe.model.name,
+            "tokenizer": model_fingerprint(recipe.model.name),
             "view": recipe.router.view,
             "sources": [formats.fingerprint(source) for source in recipe.data.sources],
         }
     return digest_of({"stage": stage.name, "recipe": parts, "inputs": inputs})
 
 
-def run_pipeline(recipe: Recipe, run: RunDirectory, until: str | None, console: Console) -> dict[str, StageRecord]:
-    """Run every stage up to `until` (all when None), skipping those whose output is committed and current.
+def run_pipeline(
+    recipe: Recipe, run: RunDirectory, console: Console, until: str | None = None, again: str | None = None
+) -> dict[str, StageRecord]:
+    """Run the stages in order, skipping those whose output is committed and current.
+
+    Args:
+        recipe: the run's.
+        run: where stages meet.
+        console: where the stages are announced.
+        until: the last stage; None runs all.
+        again: a stage that is not skipped. What follows it runs when its output differs from before.
 
     Returns:
         Stage name -> record, for the stages up to `until`.
 
     Raises:
-        RunError: another driver holds the run directory.
+        RunError: another driver holds the run directory, or took it over.
         StageFailedError: a stage ended with an error; what was committed before is kept.
     """
     names = [stage.name for stage in STAGES]
     chosen = STAGES[: names.index(until) + 1] if until else STAGES
     # Ray's C++ core warns on the driver's terminal about what Ray Data does; errors come back as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with run.lease():
+    with run.lease() as lease:
         run.write_bytes("recipe.yaml", dump_recipe(recipe).encode())
         run.delete(".staging")
         for stage in chosen:
             digest = stage_digest(stage, recipe, run)
-            record = run.manifest().stages.get(stage.name)
-            if record and record.status == "done" and record.digest == digest:
-                console.print(f"[dim]{stage.name:<10} done before: {record.made}[/dim]")
+            record = _current_record(stage, digest, run)
+            if record and stage.name != again:
+                console.print(f"[dim]{stage.name:<10} done before: {escape(record.made)}[/dim]")
                 continue
+            lease.check()
             connect(recipe.compute.device)
             console.print(f"[bold]{stage.name}[/bold]")
             record = _run_stage(stage, digest, recipe, run)
-            console.print(f"[green]{stage.name:<10}[/green] {record.seconds:.0f} s: {record.made}")
+            console.print(f"[green]{stage.name:<10}[/green] {record.seconds:.0f} s: {escape(record.made)}")
     records = run.manifest().stages
     return {stage.name: records[stage.name] for stage in chosen}
+
+
+def _current_record(stage: Stage, digest: str, run: RunDirectory) -> StageRecord | None:
+    """The record of a stage that need not run: finished, decided by the same inputs, and all outputs there."""
+    record = run.manifest().stages.get(stage.name)
+    if record is None or record.status != "done" or record.digest != digest:
+        return None
+    return record if all(run.exists(name) for name in stage.outputs) else None
 
 
 def _run_stage(stage: Stage, digest: str, recipe: Recipe, run: RunDirectory) -> StageRecord:
@@ -142,10 +246,11 @@ def _run_stage(stage: Stage, digest: str, recipe: Recipe, run: RunDirectory) -> 
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, in one line: the innermost cause of an error that crossed Ray, without its remote traceback."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        error = getattr(error, "cause", None) or error.__cause__ or error
+    """What went wrong, in one line, for an error raised here or on a Ray worker."""
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # What Ray could not bring over as an exception is a traceback, whose last line says it.
+    return lines[-1] if isinstance(error, ray.exceptions.RayTaskError) else lines[0]

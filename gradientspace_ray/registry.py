@@ -5,6 +5,7 @@ digest that the registry lists.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -75,10 +76,23 @@ class Registry(BaseModel):
 
 def adapter_digest(folder: Path) -> str:
     """Twelve hex digits of the SHA-256 of a PEFT folder's weights and configuration."""
+    return _digest(lambda name: (folder / name).read_bytes())
+
+
+def committed_digest(run: RunDirectory, folder: str) -> str:
+    """`adapter_digest` of a folder as it is in the run directory now, whatever this process fetched before.
+
+    Raises:
+        RunError: a file of the adapter is missing.
+    """
+    return _digest(lambda name: run.read_bytes(f"{folder}/{name}"))
+
+
+def _digest(read: Callable[[str], bytes]) -> str:
     content = hashlib.sha256()
     for name in ADAPTER_FILES:
         content.update(name.encode())
-        content.update((folder / name).read_bytes())
+        content.update(read(name))
     return content.hexdigest()[:12]
 
 
@@ -97,11 +111,12 @@ def trained_experts(run: RunDirectory) -> list[TrainedExpert]:
     """The run's experts in the order of their clusters, which is the order of the router's labels.
 
     Raises:
-        RunError: there is none, or the clusters are not 0 .. K - 1, each with one expert.
+        RunError: there is none, one has no usable `training.json`, or the clusters are not 0 .. K - 1, each with one
+            expert.
     """
     folders = [f"experts/{name}" for name in run.names("experts")]
     experts = [
-        TrainedExpert.model_validate({**run.read_json(f"{folder}/training.json"), "folder": folder})
+        run.read_model(f"{folder}/training.json", TrainedExpert).model_copy(update={"folder": folder})
         for folder in folders
     ]
     experts.sort(key=lambda expert: expert.cluster)
@@ -120,6 +135,6 @@ def read_registry(run: RunDirectory) -> Registry:
     """The run's registry.
 
     Raises:
-        RunError: the run has none yet.
+        RunError: the run has none yet, or one that is damaged or of another version.
     """
-    return Registry.model_validate(run.read_json(REGISTRY))
+    return run.read_model(REGISTRY, Registry)

@@ -1,9 +1,11 @@
 """The run directory: where every stage reads its inputs and commits its outputs.
 
-It lives on any pyarrow filesystem (a local folder, `s3://`, `gs://`). What is committed is whole: a file or folder
-appears under its name only when it is complete, and the manifest's entry is written last.
+It lives on any pyarrow filesystem (a local folder, `s3://`, `gs://`). What is committed is whole: a file or a folder
+appears under its name when it is complete; a folder on an object store is complete when its marker is there.
 """
 
+import atexit
+import functools
 import hashlib
 import json
 import os
@@ -14,17 +16,20 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-LEASE_FRESH_S = 30.0
-LEASE_RENEWAL_S = 10.0
+MANIFEST, LEASE, LEASE_LOCK = "manifest.json", "lease.json", "lease.lock"
+LEASE_FRESH_S, LEASE_RENEWAL_S = 30.0, 10.0
+# Object stores cannot create exclusively: drivers that start at once see after this pause whose lease was written last.
+LEASE_SETTLE_S = 1.0
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class RunError(RuntimeError):
@@ -72,6 +77,20 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Holder(BaseModel):
+    """Contents of `lease.json`: the driver that holds the run directory."""
+
+    owner: str
+    host: str
+    pid: int
+    renewed_at: float
+
+    def is_at_work(self) -> bool:
+        """Whether the lease is fresh, and its process not known to be dead."""
+        gone = self.host == socket.gethostname() and not _is_alive(self.pid)
+        return not gone and time.time() - self.renewed_at < LEASE_FRESH_S
+
+
 class RunDirectory:
     """Paths, atomic commits and the manifest of one run. Names are relative to the run directory, with `/`.
 
@@ -79,10 +98,14 @@ class RunDirectory:
     """
 
     def __init__(self, uri: str | Path) -> None:
-        """Open (without creating) the run directory at a local path or a `scheme://` URI."""
+        """Open (without creating) the run directory at a local path or a `scheme://` URI.
+
+        A URI may end with options of pyarrow, as in `s3://bucket/run?endpoint_override=http://host:9000`.
+        """
         text = str(uri)
         if "://" in text:
-            self.uri = text.rstrip("/")
+            place, mark, options = text.partition("?")
+            self.uri = place.rstrip("/") + mark + options
             self.filesystem, base = fs.FileSystem.from_uri(self.uri)
         else:
             self.uri = base = os.path.abspath(os.path.expanduser(text))
@@ -93,6 +116,20 @@ class RunDirectory:
     def path(self, name: str = "") -> str:
         """The path of `name` on `self.filesystem`."""
         return f"{self._base}/{name}" if name else self._base
+
+    def uri_of(self, name: str) -> str:
+        """The URI of `name` with the run's options, for libraries that open it themselves."""
+        place, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return f"{place}/{name}{mark}{options}"
+
+    def require(self) -> None:
+        """Check that a run was started here.
+
+        Raises:
+            RunError: there is no manifest.
+        """
+        if not self.exists(MANIFEST):
+            raise RunError(f"{self.uri} holds no run; start one with: gradientspace run quickstart")
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder called `name` is there."""
@@ -139,8 +176,34 @@ class RunDirectory:
             Path(temporary).unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any:
-        """A JSON file's value."""
-        return json.loads(self.read_bytes(name))
+        """A JSON file's value.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise self._unusable(name, str(error)) from error
+
+    def read_model(self, name: str, model: type[ModelT]) -> ModelT:
+        """A JSON file as a pydantic model.
+
+        Raises:
+            RunError: the file is missing, damaged, or of another version.
+        """
+        try:
+            return model.model_validate_json(self.read_bytes(name))
+        except ValidationError as error:
+            first, *others = error.errors(include_url=False)
+            place = "".join(f"{part}: " for part in first["loc"])
+            more = f", and {len(others)} more" if others else ""
+            raise self._unusable(name, f"{place}{first['msg']}{more}") from error
+
+    def _unusable(self, name: str, reason: str) -> RunError:
+        # Without the manifest every stage runs again, and takes what it finds whole.
+        mend = f"delete {self.path(MANIFEST)} and run again, what is finished is kept"
+        return RunError(f"{self.path(name)} cannot be used ({reason}); {mend}")
 
     def write_json(self, name: str, value: Any) -> None:
         """Commit a JSON file."""
@@ -157,19 +220,21 @@ class RunDirectory:
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     @contextmanager
-    def staged(self, name: str) -> Iterator[Path]:
+    def staged(self, name: str, last: str | None = None) -> Iterator[Path]:
         """A local folder to write into; it becomes `name` when the block ends without an error, and vanishes otherwise.
 
-        An existing folder of that name is replaced.
+        Args:
+            name: where the folder goes; an existing one is replaced.
+            last: the file that marks a complete folder. That of an old folder goes first, and the new one comes last:
+                object stores cannot rename a folder.
         """
-        if self.is_local:
-            parent = Path(self.path(".staging"))
-            parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=parent))
-        else:
-            folder = Path(tempfile.mkdtemp(prefix="gradientspace-"))
+        parent = self.path(".staging") if self.is_local else tempfile.gettempdir()
+        os.makedirs(parent, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="gradientspace-", dir=parent))
         try:
             yield folder
+            if last:
+                self.delete(f"{name}/{last}")
             self.delete(name)
             if self.is_local:
                 target = Path(self.path(name))
@@ -177,91 +242,158 @@ class RunDirectory:
                 os.replace(folder, target)
                 target.chmod(0o755)
             else:
-                fs.copy_files(str(folder), self.path(name), destination_filesystem=self.filesystem)
+                self._upload(folder, name, last)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def fetch(self, name: str) -> Path:
-        """A local path of a committed file or folder: itself when the run is local, else a copy in the cache.
+    def _upload(self, folder: Path, name: str, last: str | None) -> None:
+        marker = (folder / last).read_bytes() if last else b""
+        if last:
+            (folder / last).unlink()
+        fs.copy_files(str(folder), self.path(name), destination_filesystem=self.filesystem)
+        if last:
+            self.write_bytes(f"{name}/{last}", marker)
 
-        The copy is kept under the run's URI, so fetch only names that carry a digest or a folder that does not change
-        while this process lives.
+    def fetch(self, name: str) -> Path:
+        """A local path of a committed file or folder: itself when the run is local, else a copy of this process's own.
+
+        The copy is made once, so fetch only names that carry a digest or do not change while this process lives. A
+        caller may remove it to save room; the next call makes it anew.
 
         Raises:
             RunError: nothing of that name is there.
         """
-        if not self.exists(name):
-            raise RunError(f"{self.path(name)} is missing; run the stage that makes it again")
+        info = self.filesystem.get_file_info(self.path(name))
+        if info.type == fs.FileType.NotFound:
+            raise RunError(f"{info.path} is missing; run the stage that makes it again")
         if self.is_local:
-            return Path(self.path(name))
-        folder = Path(tempfile.gettempdir()) / "gradientspace-fetched" / str(os.getpid()) / digest_of(self.uri)
-        target = folder / name
+            return Path(info.path)
+        copies = _copies(os.getpid())
+        target = copies / digest_of([self.uri, name]) / Path(name).name
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fs.copy_files(self.path(name), str(target), source_filesystem=self.filesystem)
+            target.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=copies) as scratch:
+                partial = Path(scratch) / target.name
+                if info.type == fs.FileType.Directory:
+                    # Arrow makes the folders inside the copied one, not that one itself.
+                    partial.mkdir()
+                fs.copy_files(info.path, str(partial), source_filesystem=self.filesystem)
+                # It fails when another thread was faster; that one's copy is as good.
+                with suppress(OSError):
+                    os.replace(partial, target)
         return target
 
     def manifest(self) -> Manifest:
-        """The manifest; empty before the first stage has started."""
-        if not self.exists("manifest.json"):
+        """The manifest; empty before the first stage has started.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        if not self.exists(MANIFEST):
             return Manifest()
-        return Manifest.model_validate(self.read_json("manifest.json"))
+        return self.read_model(MANIFEST, Manifest)
 
     def record(self, stage: str, record: StageRecord) -> None:
         """Write one stage's entry into the manifest."""
         manifest = self.manifest()
         manifest.stages[stage] = record
-        self.write_json("manifest.json", manifest.model_dump(mode="json"))
+        self.write_json(MANIFEST, manifest.model_dump(mode="json"))
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Hold the run directory for this driver; renewed while the block runs.
+    def lease(self) -> "Lease":
+        """This driver's hold on the run directory, as a context; renewed until it is left.
+
+        Entering it raises RunError when another driver holds the run directory, and its lease is fresh.
+        """
+        return Lease(self)
+
+
+class Lease:
+    """One driver's hold on a run directory."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run, self._owner = run, uuid.uuid4().hex
+        self._ended = threading.Event()
+        self._renewal = threading.Thread(target=self._renew, name="run-lease", daemon=True)
+
+    def __enter__(self) -> "Lease":
+        with self._alone() if self._run.is_local else nullcontext():
+            holder = self._holder()
+            if holder and holder.is_at_work():
+                raise RunError(
+                    f"{self._run.uri} is in use by process {holder.pid} on {holder.host}; "
+                    f"wait for it, stop it, or give another --run-dir"
+                )
+            self._write()
+        if not self._run.is_local:
+            time.sleep(LEASE_SETTLE_S)
+            self.check()
+        self._renewal.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._renewal.join()
+        # A lease that cannot be removed goes stale by itself.
+        with suppress(RunError, OSError):
+            self.check()
+            self._run.delete(LEASE)
+
+    def check(self) -> None:
+        """Make sure that the run directory is still this driver's.
 
         Raises:
-            RunError: another driver holds it, and its lease is fresh.
+            RunError: another driver took over, as it may when this one could not renew its lease for long.
         """
-        owner = uuid.uuid4().hex
-        self._refuse_if_held()
-        self._write_lease(owner)
-        if self.read_json("lease.json")["owner"] != owner:
-            raise RunError(f"{self.uri}: another driver took this run directory just now; wait for it to finish")
-        stop = threading.Event()
+        holder = self._holder()
+        if holder is None or holder.owner != self._owner:
+            raise RunError(f"{self._run.uri}: another driver took over; let it finish, then run again")
 
-        def renew() -> None:
-            while not stop.wait(LEASE_RENEWAL_S):
-                self._write_lease(owner)
+    def _renew(self) -> None:
+        with suppress(RunError):
+            while not self._ended.wait(LEASE_RENEWAL_S):
+                # The lease outlives two renewals that fail: disk or network may be back for the third.
+                with suppress(OSError):
+                    self.check()
+                    self._write()
 
-        thread = threading.Thread(target=renew, name="run-lease", daemon=True)
-        thread.start()
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other drivers from taking the lease meanwhile."""
+        lock = Path(self._run.path(LEASE_LOCK))
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.touch(exist_ok=False)
+        except FileExistsError:
+            raise RunError(f"{lock} is there: another driver starts; if none does, delete it and run again") from None
         try:
             yield
         finally:
-            stop.set()
-            thread.join()
-            self.delete("lease.json")
+            lock.unlink(missing_ok=True)
 
-    def _write_lease(self, owner: str) -> None:
-        lease = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "renewed_at": time.time()}
-        self.write_json("lease.json", lease)
+    def _holder(self) -> Holder | None:
+        """Whose lease is there; None for no lease, and for one that is not readable."""
+        with suppress(RunError):
+            return self._run.read_model(LEASE, Holder)
+        return None
 
-    def _refuse_if_held(self) -> None:
-        if not self.exists("lease.json"):
-            return
-        lease = self.read_json("lease.json")
-        age_s = time.time() - lease["renewed_at"]
-        gone = lease["host"] == socket.gethostname() and not _is_alive(lease["pid"])
-        if age_s < LEASE_FRESH_S and not gone:
-            raise RunError(
-                f"{self.uri} is in use by process {lease['pid']} on {lease['host']}; "
-                f"wait for it, stop it, or give another --run-dir"
-            )
+    def _write(self) -> None:
+        holder = Holder(owner=self._owner, host=socket.gethostname(), pid=os.getpid(), renewed_at=time.time())
+        self._run.write_json(LEASE, holder.model_dump())
+
+
+@functools.cache
+def _copies(pid: int) -> Path:
+    """The folder of what this process fetched, removed when it ends; a forked child makes its own."""
+    folder = Path(tempfile.mkdtemp(prefix="gradientspace-fetched-"))
+    # A forked child inherits what is to be done at exit, but not the folder.
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == pid else None)
+    return folder
 
 
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        # It lives, and is another user's.
+        return isinstance(error, PermissionError)
     return True

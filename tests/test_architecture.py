@@ -30,14 +30,13 @@ MAY_IMPORT = (
     | {f"stages.{stage}": {*NOUNS, "stages.progress"} for stage in STAGES}
     | {
         "stages.progress": set(),
-        "serving": {"registry", "run", "connection", "examples", "router", "engine", "models"},
-        "connection": set(),
-        "pipeline": {"recipe", "run", "examples", "connection", *(f"stages.{stage}" for stage in STAGES)},
-        "cli": {"recipe", "run", "connection", "pipeline", "serving", "router", "stages.report"},
+        "serving": {"registry", "run", "examples", "router", "engine", "models"},
+        "pipeline": {"recipe", "run", "examples", "models", *(f"stages.{stage}" for stage in STAGES)},
+        "cli": {"recipe", "run", "pipeline", "serving", "router", "stages.report"},
     }
 )
 # The distributed shell: the only places that may name these libraries.
-MAY_IMPORT_RAY = {"serving", "connection", "pipeline", *(name for name in MAY_IMPORT if name.startswith("stages."))}
+MAY_IMPORT_RAY = {"serving", "pipeline", *(name for name in MAY_IMPORT if name.startswith("stages."))}
 CLUSTER_LIBRARIES = {"ray", "deepspeed"}
 # Imports inside functions are for optional packages, and for the command line, which parses before it imports.
 OPTIONAL_PACKAGES = {"datasets", "vllm"}

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gradientspace_ray.router.calibration import (
+    NOISE_ERRORS,
     calibrate,
     calibrated,
     choose_threshold,
@@ -12,6 +13,7 @@ from gradientspace_ray.router.calibration import (
     fit_temperature,
     nll,
 )
+from gradientspace_ray.router.classifier import RouterSettings, decide
 
 
 def sampled(count, experts, temperature, seed):
@@ -58,27 +60,73 @@ def test_expected_calibration_error_by_hand():
 losses = st.floats(0, 4, allow_nan=False).map(lambda value: round(value, 2))
 
 
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.3, 0.5, 0.55, 0.7, 0.9, 1.0]), losses, losses), min_size=1, max_size=20))
+@given(st.lists(st.tuples(st.sampled_from([0.3, 0.5, 0.55, 0.7, 0.9, 1.0]), losses, losses), min_size=2, max_size=40))
 def test_the_threshold_is_the_best_of_all_and_the_lowest_of_equals(rows):
     confidence, expert, generalist = (np.array(column) for column in zip(*rows, strict=True))
 
-    def loss(threshold):
-        return np.where(confidence >= threshold, expert, generalist).mean()
+    def score(threshold):
+        saved = np.where(confidence >= threshold, 0.0, expert - generalist)
+        return saved.sum() - NOISE_ERRORS * np.sqrt(len(saved)) * saved.std(ddof=1)
 
-    candidates = [0.0, *np.unique(confidence)]
-    best = min(loss(candidate) for candidate in candidates)
-    lowest = next(candidate for candidate in candidates if loss(candidate) <= best + 1e-9)
+    # Just above 1 is above every confidence: abstaining on all.
+    candidates = [0.0, *np.unique(confidence), np.nextafter(1, 2)]
+    best = max(score(candidate) for candidate in candidates)
+    lowest = next(candidate for candidate in candidates if score(candidate) >= best - 1e-6)
     chosen = choose_threshold(confidence, expert, generalist)
-    assert loss(chosen.value) == pytest.approx(best, abs=1e-9)
-    assert chosen.loss == pytest.approx(best, abs=1e-9)
+    assert score(chosen.value) == pytest.approx(best, abs=1e-5)
+    assert chosen.loss == pytest.approx(np.where(confidence >= chosen.value, expert, generalist).mean(), abs=1e-9)
     assert chosen.abstained == pytest.approx((confidence < chosen.value).mean())
-    assert chosen.value <= lowest + 1e-9
+    assert chosen.value <= lowest + 1e-9 or score(chosen.value) > score(lowest)
 
 
 def test_experts_that_always_help_never_abstain():
     chosen = choose_threshold(np.array([0.4, 0.6, 0.9]), np.array([1.0, 1.0, 1.0]), np.array([2.0, 2.0, 2.0]))
     assert (chosen.value, chosen.abstained) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_experts_that_are_always_worse_are_never_routed_to(experts):
+    logits = np.random.default_rng(0).normal(size=(38, experts))
+    confidence = calibrated(logits, 1.0).max(axis=1)
+    chosen = choose_threshold(confidence, np.full(38, 2.3), np.full(38, 2.0))
+    assert chosen.abstained == 1
+    assert chosen.loss == pytest.approx(2.0)
+    certain = np.full((3, experts), -1e9)
+    certain[:, 0] = 0
+    settings_ = RouterSettings(
+        encoder="",
+        view="",
+        max_tokens=1,
+        labels=tuple(f"expert-{index}" for index in range(experts)),
+        temperature=1.0,
+        threshold=chosen.value,
+    )
+    decisions = decide(
+        np.concatenate([logits, certain]), RouterSettings.model_validate_json(settings_.model_dump_json())
+    )
+    assert {decision.expert for decision in decisions} == {None}
+
+
+def test_noise_rarely_abstains():
+    abstained = []
+    for seed in range(300):
+        generator = np.random.default_rng(seed)
+        confidence, difference = generator.uniform(0.3, 1, 38), generator.normal(0, 0.1, 38)
+        abstained.append(choose_threshold(confidence, 2 + difference, np.full(38, 2.0)).abstained > 0)
+    assert np.mean(abstained) <= 0.1
+
+
+def test_a_clear_advantage_below_a_confidence_is_used():
+    generator = np.random.default_rng(0)
+    confidence = np.linspace(0.3, 0.99, 38)
+    expert = 2 + np.where(confidence < 0.6, 0.3, -0.3) + generator.normal(0, 0.1, 38)
+    chosen = choose_threshold(confidence, expert, np.full(38, 2.0))
+    assert chosen.value == pytest.approx(0.6, abs=0.02)
+
+
+def test_one_prompt_says_nothing():
+    assert choose_threshold(np.ones(1), np.array([3.0]), np.array([1.0])).abstained == 0
+    assert choose_threshold(np.ones(0), np.ones(0), np.ones(0)).loss is None
 
 
 def test_few_validation_prompts_leave_the_temperature_to_the_training_prompts():

@@ -95,12 +95,36 @@ def test_graph_holds_the_cosines_of_the_nearest(count, width, neighbours, seed):
     assert not weights.diagonal().any()
 
 
-def test_a_zero_row_has_neighbours():
+def test_a_zero_row_has_no_edges_and_displaces_no_neighbour():
     rows_NK = np.random.default_rng(0).normal(size=(6, 8))
     rows_NK[3] = 0
-    weights = neighbour_graph(rows_NK, 2).toarray()[3]
-    assert np.allclose(weights[weights > 0], 0.25)
-    assert (weights > 0).sum() >= 2
+    weights = neighbour_graph(rows_NK, 2).toarray()
+    assert not weights[3].any()
+    others = [0, 1, 2, 4, 5]
+    assert np.array_equal(weights[np.ix_(others, others)], neighbour_graph(rows_NK[others], 2).toarray())
+    assert not neighbour_graph(np.zeros((4, 3)), 2).toarray().any()
+
+
+@pytest.mark.parametrize("method", ["spectral", "kmeans"])
+@pytest.mark.parametrize("size", [0, 1e-15, 1e-9])
+def test_gradients_of_zero_do_not_spoil_the_clusters(size, method):
+    rng = np.random.default_rng(0)
+    coordinates_NK, truth = planted((40, 40, 40), 0.1, subspace=2 if method == "spectral" else 40)
+    rows_NK = np.concatenate([coordinates_NK, size * rng.normal(size=(10, coordinates_NK.shape[1]))])
+    order = rng.permutation(130)
+    real = order < 120
+    labels = {
+        "spectral": lambda: spectral_clusters(rows_NK[order], 3, 10, 0),
+        "kmeans": lambda: spherical_kmeans(rows_NK[order], 3, 0),
+    }[method]()
+    assert adjusted_rand_score(truth[order[real]], labels[real]) == 1
+    assert set(labels[~real]) == {np.bincount(labels[real]).argmax()}
+    assert choose_count(rows_NK[order], 6, method, 0)[0] == 3
+
+
+def test_rounding_is_no_direction():
+    unit_NK = unit_rows(np.array([[3.0, 4.0], [1e-15, 0], [0, 1e-4], [0, 0]]))
+    assert np.allclose(unit_NK, [[0.6, 0.8], [0, 0], [0, 1], [0, 0]])
 
 
 def test_eigenmap_by_iteration_is_the_exact_one(monkeypatch):

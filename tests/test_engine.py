@@ -160,6 +160,17 @@ def test_an_error_reaches_only_its_request(tokenizer, adapters, engine, tmp_path
     assert set(engine.leases().values()) == {0}
 
 
+def test_autocast_computes_as_training_does(tiny_model_dir, tokenizer, adapters):
+    prompt_ids = tokenizer(PROMPTS[0])["input_ids"]
+    model = load_base(str(tiny_model_dir), attention="sdpa")
+    engine = Engine(model, tokenizer, Slots.like(model, adapters[0].folder, capacity=1), torch.bfloat16)
+    text, last = asyncio.run(answer(engine, prompt_ids, Sampling(max_tokens=6, temperature=0), adapters[0]))
+    engine.close()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, tokens = peft_text(tiny_model_dir, tokenizer, adapters[0], prompt_ids, 6)
+    assert (text, last.completion_tokens) == (expected, tokens)
+
+
 def test_an_answer_ends_at_the_end_of_the_context(tokenizer, engine):
     prompt_ids = [5] * (engine.context_tokens - 3)
     _, last = asyncio.run(answer(engine, prompt_ids, Sampling(max_tokens=50, temperature=0)))

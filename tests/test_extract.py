@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +68,31 @@ def test_shards_follow_from_the_ids_and_the_settings():
     assert shards[-1].name != more[-1].name
     assert len(plan_shards(["a"], 100, None)) == 1
     assert shards[0].name == f"00000.{digest_of([ids[:5], {'rank': 4}])}"
+
+
+def test_a_gradient_that_is_not_finite_names_its_example(tiny_model_dir, tmp_path):
+    run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir)
+    extractor = extract_stage.Extractor(recipe, run.uri, MagicMock(), COUNT)
+    ids = sorted(run.read_table("examples/train.parquet")["id"].to_pylist())
+    gradients = extractor._engine.gradients
+    seen = 0
+
+    def poisoned(examples, out):
+        nonlocal seen
+        gradients(examples, out)
+        if seen <= 20 < seen + len(examples):
+            out[20 - seen, 3] = torch.nan
+        seen += len(examples)
+        return out
+
+    extractor._engine.gradients = poisoned
+    extractor._buffer_BD = extractor._buffer_BD[:8]
+    result = extractor({"name": np.array(["00000.shard"]), "ids": np.array([ids], dtype=object)})
+    assert result["failure"] == [
+        f"shard 00000.shard: the gradient of example {ids[20]} (examples/train.parquet) is not finite; "
+        "remove it from the data, or lower warmup.learning_rate"
+    ]
+    assert not run.exists("sketch/shards/00000.shard")
 
 
 @pytest.mark.ray

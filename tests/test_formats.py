@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gradientspace_ray.examples import formats
 from gradientspace_ray.examples.formats import Record, Rejected, SourceError, fingerprint, read_source
 
 CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -63,6 +64,7 @@ BAD = {
     "wrong_type": {"prompt": "2 + 2?", "completion": 4},
     "wrong_type of messages": {"messages": "2 + 2?"},
     "wrong_type of a message": {"messages": ["2 + 2?"]},
+    "wrong_type of a group": ROWS["prompt"] | {"group": ["a", "b"]},
     "not_utf8": '{"prompt": "\\ud800", "completion": "4"}\n',
     "unknown_format of a field name": '{"\\ud800\\n": 1}\n',
 }
@@ -87,6 +89,56 @@ def test_a_line_that_is_not_utf8_is_rejected(tmp_path):
     bad, good = read_source(str(path))
     assert (bad.place, bad.reason) == (f"{path}:1", "not_utf8")
     assert isinstance(good, Record)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_group_is_read_from_every_row_that_has_one(tmp_path, kind):
+    rows = [{**ROWS["prompt"], "group": group} for group in ("page 7", " ", None)]
+    path = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write_lines(path, *rows)
+    assert [record.group for record in read_source(str(path))] == ["page 7", None, None]
+
+
+def test_labels_may_be_numbers(tmp_path):
+    source = write_lines(tmp_path / "data.jsonl", ROWS["prompt"] | {"group": 0, "domain": 12})
+    [record] = read_source(source)
+    assert (record.group, record.domain) == ("0", "12")
+
+
+@pytest.mark.parametrize("length", [100, 101, 250, 100_000])
+def test_a_line_that_is_too_long_is_rejected_and_the_rest_is_read(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(formats, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(formats, "READ_BYTES", 64)
+    row = json.dumps(ROWS["prompt"]) + "\n"
+    source = write_lines(tmp_path / "data.jsonl", row, "[" + "1" * (length - 3) + "]\n", row, "x" * length)
+    before, bad, after, last = read_source(source)
+    assert isinstance(before, Record)
+    assert (after.place, last.place) == (f"{source}:3", f"{source}:4")
+    assert isinstance(after, Record)
+    assert (bad.place, bad.reason) == (f"{source}:2", "too_long" if length > 100 else "not_an_object")
+    assert last.reason == ("too_long" if length > 100 else "malformed_json")
+
+
+@pytest.mark.parametrize("suffix", ["json", "json.gz"])
+def test_an_array_that_is_too_large_says_how_to_convert_it(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"data.{suffix}"
+    data = json.dumps([ROWS["prompt"]] * 50).encode()
+    path.write_bytes(gzip.compress(data) if suffix == "json.gz" else data)
+    monkeypatch.setattr(formats, "MAX_ARRAY_BYTES", len(data))
+    assert len(list(read_source(str(path)))) == 50
+    monkeypatch.setattr(formats, "MAX_ARRAY_BYTES", len(data) - 1)
+    with pytest.raises(SourceError, match=r"data\.json.* convert it to JSON lines") as caught:
+        list(read_source(str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lines_file_has_no_size_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_ARRAY_BYTES", 10)
+    source = write_lines(tmp_path / "data.json", ROWS["prompt"], ROWS["prompt"])
+    assert len(list(read_source(source))) == 2
 
 
 def test_byte_order_mark_windows_line_ends_and_blank_lines(tmp_path):
@@ -226,7 +278,7 @@ UNREADABLE = {
     "[z-a].jsonl": "holds no data",
     "dat*": "unknown kind of file",
     "ftp://host/data.jsonl": "cannot be reached",
-    "hf:some/dataset": "",
+    "hf:some/dataset": "need the package|cannot be loaded",
 }
 
 

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from tiny_models import IM_END, IM_START, random_causal_lm, save_tiny_model, tiny_llama_config
-from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, PreTrainedConfig
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, GPT2Config, PreTrainedConfig
 
 from gradientspace_ray.models import bundled
 from gradientspace_ray.models.attention import SEGMENTED
@@ -69,6 +72,22 @@ def test_lora_is_decided_by_its_seed_alone(tiny_model_dir: Path) -> None:
 def test_unknown_target_modules(tiny_model_dir: Path) -> None:
     with pytest.raises(ModelError, match=r"lora.target_modules: .*'nothing'"):
         add_lora(load_base(str(tiny_model_dir)), 4, 8, ["nothing"], 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "target_modules", "layer"),
+    [
+        (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4), "all-linear", r"transformer\.h\.0\..* \(Conv1D\)"),
+        (tiny_llama_config(), ["q_proj", "embed_tokens"], r"model\.embed_tokens \(Embedding\)"),
+    ],
+)
+def test_layers_that_cannot_be_served(config: PreTrainedConfig, target_modules: str | list[str], layer: str) -> None:
+    model = random_causal_lm(config)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ModelError, match=rf"{layer} is not a linear layer, .*lora\.target_modules") as caught:
+        add_lora(model, 4, 8, target_modules, 0)
+    assert "\n" not in str(caught.value)
+    assert [name for name, _ in model.named_modules()] == names
 
 
 def test_adapter_round_trip_in_pefts_format(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -150,9 +169,54 @@ def test_a_folder_that_is_no_adapter(tiny_model_dir: Path, tmp_path: Path) -> No
     with pytest.raises(ModelError, match="not a PEFT adapter"):
         load_adapter(load_base(str(tiny_model_dir)), tmp_path)
     save_adapter(add_lora(load_base(str(tiny_model_dir)), 4, 8, "all-linear", seed=0), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ModelError, match="not a PEFT adapter"):
+        load_adapter(load_base(str(tiny_model_dir)), tmp_path)
+    save_adapter(add_lora(load_base(str(tiny_model_dir)), 4, 8, "all-linear", seed=0), tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match="not a PEFT adapter"):
         load_adapter(load_base(str(tiny_model_dir)), tmp_path)
+
+
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights, config: weights.pop(f"{Q_PROJ}.lora_A.weight"), f"has no {Q_PROJ}.lora_A.weight"),
+        (lambda weights, config: weights.pop(f"{Q_PROJ}.lora_B.weight"), f"has no {Q_PROJ}.lora_B.weight"),
+        (lambda weights, config: config.update(r=8), r"lora_A.weight has the shape \(4, 64\), but .* gives it rank 8"),
+        (lambda weights, config: config.update(rank_pattern={"layers.1.mlp.up_proj": 2}), "layers.1.*gives it rank 2"),
+        (
+            lambda weights, config: weights.update({f"{Q_PROJ}.lora_B.weight": torch.zeros(64, 3)}),
+            r"q_proj.lora_B.weight has the shape \(64, 3\), but .* rank 4",
+        ),
+        (lambda weights, config: weights.update({f"{Q_PROJ}.lora_A.weight": torch.zeros(4)}), r"has the shape \(4,\)"),
+    ],
+    ids=["no lora_A", "no lora_B", "rank", "rank pattern", "one factor's rank", "vector"],
+)
+def test_a_file_that_is_not_what_its_configuration_says(
+    change: Callable[[dict, dict], object], message: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    save_adapter(add_lora(load_base(str(tiny_model_dir)), 4, 8, ["q_proj", "up_proj"], seed=0), tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    change(weights, config)
+    save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = load_base(str(tiny_model_dir))
+    with pytest.raises(ModelError, match=message) as caught:
+        load_adapter(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not isinstance(model.model.layers[0].self_attn.q_proj, LoraLayer)
+
+
+def test_ranks_that_differ_between_layers_are_read(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], rank_pattern={"layers.1.mlp.up_proj": 2})
+    model = randomised(get_peft_model(load_base(str(tiny_model_dir)), config))
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(load_base(str(tiny_model_dir)), tmp_path)), logits(model.eval()))
 
 
 def test_names_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from reference_training import flat_weights, plain_training, random_examples, tiny_adapted_model, trainable
+from test_per_sample import DTYPES, autocast
 
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.loading import load_adapter
@@ -73,6 +74,32 @@ def test_losses_and_weights_are_those_of_a_plain_loop(reference, tokens_per_batc
     np.testing.assert_allclose(outcome.losses, reference[0], atol=1e-4)
     torch.testing.assert_close(flat_weights(model), reference[1], atol=1e-4, rtol=0)
     assert outcome.tokens == sum(len(EXAMPLES[i][0]) for step in STEPS for i in step)
+
+
+def float32_logits(module, inputs, output):
+    output.logits = output.logits.float()
+    return output
+
+
+@pytest.mark.parametrize(("dtype", "compute_dtype"), DTYPES)
+def test_every_precision_is_that_of_a_plain_loop(dtype, compute_dtype):
+    models = [tiny_adapted_model(), tiny_adapted_model()]
+    for model, attention in zip(models, ("sdpa", SEGMENTED), strict=True):
+        model.set_attn_implementation(attention)
+        for weight in model.parameters():
+            weight.data = weight.data.to(weight.dtype if weight.requires_grad else dtype)
+    plain, ours = models
+    before = flat_weights(plain)
+    plain.register_forward_hook(float32_logits)
+    clipped = {"weight_decay": SETTINGS.weight_decay, "max_grad_norm": SETTINGS.max_grad_norm}
+    with autocast(compute_dtype):
+        losses = plain_training(plain, EXAMPLES, STEPS[:8], **SCHEDULE, **clipped)
+    engine = PlainEngine(TokenLosses(ours, compute_dtype))
+    outcome = train(engine, EXAMPLES, STEPS[:8], **SCHEDULE, tokens_per_batch=60)
+    rounding = DTYPES[dtype, compute_dtype]
+    np.testing.assert_allclose(outcome.losses, losses, rtol=rounding / 10)
+    wanted, moved = flat_weights(plain) - before, flat_weights(ours) - before
+    assert float((moved - wanted).norm() / wanted.norm()) < rounding
 
 
 def test_progress_is_reported_after_every_step():

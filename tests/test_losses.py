@@ -1,11 +1,13 @@
 """Token and example losses against plain PyTorch on each example alone."""
 
+import numpy as np
 import pytest
 import torch
-from test_per_sample import adapted, ragged
+from test_per_sample import DTYPES, adapted, autocast, ragged
 from tiny_models import random_causal_lm, tiny_llama_config
 from torch.nn import functional
 
+from gradientspace_ray.evaluation.losses import adapter_losses
 from gradientspace_ray.examples.packing import pack
 from gradientspace_ray.models import losses
 from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError
@@ -16,7 +18,7 @@ def reference(model: torch.nn.Module, examples: list[tuple[list[int], list[int]]
     rows = []
     for ids, labels in examples:
         logits = model(torch.tensor([ids]), use_cache=False).logits[0, :-1]
-        nll = functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="none", ignore_index=-100)
+        nll = functional.cross_entropy(logits.float(), torch.tensor(labels[1:]), reduction="none", ignore_index=-100)
         rows.append(nll[torch.tensor(labels[1:]) != -100])
     return rows
 
@@ -68,13 +70,24 @@ def test_head_runs_at_label_positions_only() -> None:
     assert rows[0] < 48
 
 
-def test_bfloat16_autocast_is_close_and_float32() -> None:
-    model = adapted(r=2)
-    packed = pack(ragged([20, 30]))
-    with torch.no_grad():
-        exact, rounded = label_nll(model, packed), label_nll(model, packed, torch.bfloat16)
-    assert rounded.dtype == torch.float32
-    assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
+@pytest.mark.parametrize(("dtype", "compute_dtype"), DTYPES)
+def test_every_precision_is_that_of_pefts_forward_pass(dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+    model = adapted(random_causal_lm(tiny_llama_config()).to(dtype), r=2)
+    examples = ragged([9, 31, 4, 2])
+    with torch.no_grad(), autocast(compute_dtype):
+        expected = reference(model, examples)
+        with model.disable_adapter():
+            base = reference(model, examples)
+    packed = pack(examples)
+    nll_L = label_nll(model, packed, compute_dtype).detach()
+    assert nll_L.dtype == torch.float32
+    rounding = 1e-5 if dtype == compute_dtype == torch.float32 else 0.01
+    assert float((nll_L - torch.cat(expected)).norm() / nll_L.norm()) < rounding
+    nll_NA = adapter_losses(model, ["base", "default"], examples, 40, compute_dtype)
+    means_NA = torch.stack([torch.stack([row.mean() for row in rows]) for rows in (base, expected)], dim=1)
+    np.testing.assert_allclose(nll_NA, means_NA, rtol=rounding)
+    rounded = dtype == torch.bfloat16 or compute_dtype == torch.bfloat16
+    assert bool((nll_L != label_nll(model.float(), packed)).any()) == rounded
 
 
 def test_a_model_that_computes_all_logits_is_refused() -> None:

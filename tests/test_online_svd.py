@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradientspace_ray.sketch import online_svd
-from gradientspace_ray.sketch.online_svd import OnlineSVD
+from gradientspace_ray.sketch.online_svd import NonFiniteRowError, OnlineSVD
 
 
 def random_rows(count, width, seed, decay=0.8):
@@ -169,7 +169,8 @@ def test_bad_input_is_refused():
         sketch.update(torch.ones(2, 4))
     bad = torch.ones(4, 3)
     bad[3, 1] = float(np.nan)
-    with pytest.raises(ValueError, match="row 3 of the update is not finite"):
+    with pytest.raises(NonFiniteRowError, match="row 3 of the update is not finite") as caught:
         sketch.update(bad)
+    assert caught.value.row == 3
     with pytest.raises(ValueError, match="at least one row"):
         OnlineSVD(0)

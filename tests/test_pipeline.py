@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from openai import OpenAI
 
 from gradientspace_ray.recipe import STAGES, parse_recipe
 
@@ -52,22 +51,21 @@ def stage_statuses(run_dir):
 
 @pytest.fixture(scope="module")
 def finished_run(tiny_arguments):
-    """A run that is interrupted with Ctrl-C in two stages, then finished."""
+    """A run that is interrupted with Ctrl-C while workers train, then finished."""
     run_dir, arguments = tiny_arguments
-    for stage in ("warmup", "experts"):
-        process = subprocess.Popen(
-            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        wait_until(lambda s=stage: stage_statuses(run_dir).get(s) == "running", process)
-        time.sleep(3)
-        os.killpg(process.pid, signal.SIGINT)
-        output, errors = process.communicate(timeout=90)
-        assert process.returncode == 130, output + errors
-        assert "interrupted" in output
-        statuses = stage_statuses(run_dir)
-        assert statuses[stage] == "interrupted"
-        assert all(status == "done" for name, status in statuses.items() if name != stage)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until(lambda: stage_statuses(run_dir).get("experts") == "running", process)
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 130, output + errors
+    assert "interrupted" in output
+    before = STAGES[: STAGES.index("experts")]
+    assert stage_statuses(run_dir) == dict.fromkeys(before, "done") | {"experts": "interrupted"}
     output = gradientspace(*arguments).stdout
+    assert output.count("done before") == len(before)
     return run_dir, arguments, output
 
 
@@ -103,43 +101,23 @@ def test_the_loss_matrix_is_in_scores_json(finished_run):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_finished_run_is_skipped_without_starting_ray(finished_run):
+def test_a_finished_run_is_skipped(finished_run):
     _, arguments, _ = finished_run
-    started = time.monotonic()
     output = gradientspace(*arguments).stdout
     assert output.count("done before") == len(STAGES)
-    assert time.monotonic() - started < 60
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_changed_recipe_part_runs_that_stage_and_what_follows(finished_run):
-    _, arguments, _ = finished_run
-    output = gradientspace(*arguments, "--set=router.max_tokens=64", "--until=router").stdout
-    again = re.findall(r"^(\w+) +\d+ s:", output, flags=re.MULTILINE)
-    assert again == ["router"]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_endpoint_answers_a_routed_prompt(finished_run):
     run_dir, _, _ = finished_run
-    process = subprocess.Popen(
-        [*COMMAND, "serve", str(run_dir), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        line = process.stdout.readline()
-        url = re.search(r"http://\S+/v1", line).group()
-        client = OpenAI(base_url=url, api_key="none")
-        messages = [{"role": "user", "content": "Write a Python function that adds two numbers."}]
-        raw = client.chat.completions.with_raw_response.create(model="auto", messages=messages, max_tokens=8)
-        experts = {path.name.split("@")[0] for path in (run_dir / "experts").iterdir()}
-        assert raw.headers["x-gradientspace-expert"] in experts | {"generalist"}
-        assert 0 <= float(raw.headers["x-gradientspace-confidence"]) <= 1
-        assert raw.parse().usage.completion_tokens > 0
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+    prompt = "Write a Python function that adds two numbers."
+    lines = gradientspace("serve", str(run_dir), "--port", "0", "--ask", prompt).stdout.splitlines()
+    headers = dict(line.split(": ", 1) for line in lines if line.startswith("x-gradientspace-"))
+    experts = {path.name.split("@")[0] for path in (run_dir / "experts").iterdir()}
+    assert headers["x-gradientspace-expert"] in experts | {"generalist"}
+    assert 0 <= float(headers["x-gradientspace-confidence"]) <= 1
+    assert prompt in lines
 
 
 def test_a_bad_recipe_key_is_one_line_and_exit_code_1():
@@ -158,9 +136,9 @@ def test_a_missing_data_file_is_one_line_that_names_it(tmp_path, tiny_model_dir)
 
 
 def test_status_of_an_empty_folder_says_what_to_do(tmp_path):
-    done = gradientspace("status", str(tmp_path), check=False)
+    done = gradientspace("status", f"{tmp_path}/[ab]", check=False)
     assert done.returncode == 1
-    assert "gradientspace run" in done.stderr
+    assert f"{tmp_path}/[ab] holds no run; start one with: gradientspace run" in done.stderr
 
 
 def test_jobs_pipeline_is_the_same_command(tmp_path):

@@ -1,6 +1,8 @@
 import json
 import random
 import shutil
+import threading
+import time
 
 import pytest
 from tiny_models import byte_tokenizer
@@ -8,7 +10,8 @@ from tiny_models import byte_tokenizer
 from gradientspace_ray.examples.formats import SourceError
 from gradientspace_ray.recipe import parse_recipe
 from gradientspace_ray.run import RunDirectory
-from gradientspace_ray.stages.prepare import SCHEMA, DataError, prepare, split_of
+from gradientspace_ray.stages import prepare as prepare_stage
+from gradientspace_ray.stages.prepare import SCHEMA, DataError, prepare, split_key, split_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -84,7 +87,7 @@ def test_every_column_has_its_type_and_a_missing_domain_is_null(make):
     _, run, splits = make([row(number) for number in range(40)])
     for split in SPLITS:
         assert run.read_table(f"examples/{split}.parquet").schema == SCHEMA
-        assert all(example["domain"] is None for example in splits[split])
+        assert all(example["domain"] is example["group"] is None for example in splits[split])
 
 
 def test_the_order_of_the_sources_does_not_matter(make, tmp_path):
@@ -131,6 +134,85 @@ def test_answers_to_one_prompt_are_in_one_split(make):
     prompts = [{" ".join(r["prompt"].lower().split()) for r in found} for found in splits.values()]
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 40
     assert sum(map(len, splits.values())) == 160
+
+
+def places_of(splits, key):
+    """Value of `key` -> the splits that it is found in."""
+    found = {}
+    for name, rows in splits.items():
+        for example in rows:
+            found.setdefault(key(example), set()).add(name)
+    return found
+
+
+def test_the_rows_of_a_group_are_in_one_split_whatever_they_say(make):
+    rows = [row(number, group=f"page {number % 20}") for number in range(80)]
+    _, _, splits = make(rows)
+    found = places_of(splits, lambda example: example["group"])
+    assert len(found) == 20
+    assert all(len(names) == 1 for names in found.values())
+    assert set.union(*found.values()) == set(SPLITS)
+
+
+def test_the_split_does_not_depend_on_what_the_router_reads(make):
+    rows = []
+    for number in range(60):
+        system = [{"role": "system", "content": f"You are assistant {number % 7}."}] if number % 2 else []
+        first = [{"role": "user", "content": f"What is {number % 30}?"}, {"role": "assistant", "content": f"{number}"}]
+        last = [{"role": "user", "content": f"And {number}?"}, {"role": "assistant", "content": "No idea."}]
+        rows.append({"messages": [*system, *first, *last]})
+    found = {}
+    for view in ("last_user", "first_user", "conversation"):
+        _, _, splits = make(rows, view=view)
+        found[view] = {name: [example["id"] for example in members] for name, members in splits.items()}
+        by_first = places_of(
+            splits, lambda example: next(m["content"] for m in example["messages"] if m["role"] == "user")
+        )
+        assert len(by_first) == 30
+        assert all(len(names) == 1 for names in by_first.values())
+    assert found["last_user"] == found["first_user"] == found["conversation"]
+
+
+def test_the_key_of_a_split_is_the_group_else_the_first_message_of_the_user():
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A?"}]
+    messages += [{"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"}]
+    assert split_key(messages, None) == "A?"
+    assert split_key(messages, "page 7") == "page 7"
+
+
+def test_too_few_groups_are_named(make):
+    rows = [row(number, group=f"page {number % 2}") for number in range(30)]
+    with pytest.raises(DataError, match=r"no \w+ examples out of 30 in 2 groups; raise data\.\w+_share"):
+        make(rows)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["loading", "converting"])
+def test_the_user_sees_at_once_that_the_model_is_loading(make, monkeypatch, capfd, seconds):
+    load = prepare_stage.load_tokenizer
+    seen = []
+
+    def slow(name):
+        time.sleep(0.2)
+        seen.append(capfd.readouterr().err)
+        time.sleep(2 * seconds)
+        return load(name)
+
+    monkeypatch.setattr(prepare_stage, "load_tokenizer", slow)
+    if seconds:
+        monkeypatch.setattr(prepare_stage, "CLOCK_INTERVAL_S", 0.1)
+        monkeypatch.setattr(prepare_stage, "CONVERTING_AFTER_S", 0.2)
+        monkeypatch.setattr(prepare_stage, "is_installed", lambda name: True)
+    make([row(number) for number in range(40)])
+    assert "loading the tokenizer: 0/1" in seen[0]
+    rest = capfd.readouterr().err
+    assert "loading the tokenizer: 1/1" in rest
+    assert ("converting the model (once)" in rest) == bool(seconds)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_ends_the_clock(make, tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        make([row(1)], model=tmp_path / "nowhere")
+    assert not [thread for thread in threading.enumerate() if thread.name == "clock"]
 
 
 def test_near_duplicates_share_a_split():

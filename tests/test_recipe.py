@@ -30,6 +30,7 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path):
         ("clusters.count=many", "clusters.count"),
         ("data.sources=[]", "data.sources"),
         ("model.name.deep=1", "name is a value"),
+        ("compute.device=cuda", "compute: device cuda needs gpus_per_worker above 0, such as 1"),
         ("experts.epochs", "section.key=value"),
     ],
 )
@@ -49,6 +50,13 @@ def test_broken_yaml_names_the_line(tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("name: x\ndata: [\n")
     with pytest.raises(RecipeError, match=r"broken\.yaml:\d+"):
+        load_recipe(str(path))
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"name: \xe9")
+    with pytest.raises(RecipeError, match=r"latin\.yaml: not a text in UTF-8"):
         load_recipe(str(path))
 
 

@@ -98,6 +98,48 @@ def test_a_conversation_that_the_template_refuses_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+CLOCKS = (
+    "{{ 'Now: ' + strftime_now('%A %d %B %Y %H:%M:%S.%f') + '\\n' }}",
+    "{%- macro now() -%}{{ strftime_now('%Y-%m-%d, second %S.%f') }}{%- endmacro -%}\n{{ now() }}",
+    "{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y %f') %}{% endif %}{{ date_string }}",
+)
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_with_a_clock_gives_the_same_text_at_any_time(clock, named):
+    tokenizer = byte_tokenizer()
+    template = clock + tokenizer.chat_template
+    tokenizer.chat_template = {"default": template, "tool_use": template} if named else template
+    messages = conversation(["one?", "first"])
+    renderer = Renderer(tokenizer)
+    example = renderer.example(messages)
+    assert example.text == Renderer(tokenizer).example(messages).text
+    assert example.input_ids[: len(renderer.prompt(messages[:1]))] == renderer.prompt(messages[:1])
+    assert "26" in example.text.partition("<|im_start|>")[0]
+    assert "2024" in example.text.partition("<|im_start|>")[0]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) not in (example.text, f"{example.text}\n")
+
+
+@pytest.mark.parametrize(
+    "template", ["\n  {% if true %}x{% endif %}", "   {% if true %}x{% endif %}", "{%- if true %}\nx{% endif %}", "  x"]
+)
+def test_the_fixed_clock_leaves_white_space_as_it_was(template):
+    plain, clocked = byte_tokenizer(), byte_tokenizer()
+    rest = "{% for m in messages %}{{ m['content'] }}{{ '<|im_end|>' }}{% endfor %}"
+    plain.chat_template = template + "26" + rest
+    clocked.chat_template = template + "{{ strftime_now('%d') }}" + rest
+    messages = conversation(["one?", "first"])
+    assert Renderer(clocked).example(messages) == Renderer(plain).example(messages)
+
+
+def test_a_conversation_that_begins_with_an_answer_is_refused_up_front():
+    renderer, messages = Renderer(TOKENIZER), conversation(["one?", "first", "two?", "second"])[1:]
+    for render in (renderer.example, renderer.prompt):
+        with pytest.raises(RenderingError, match=r"^a conversation begins with a system or user message$"):
+            render(messages)
+
+
 def test_a_template_that_rewrites_earlier_text_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -1,47 +1,260 @@
 import json
+import logging
 import multiprocessing
 import os
+import re
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import fs
 
+from gradientspace_ray import run as run_module
 from gradientspace_ray.run import RunDirectory, RunError, StageRecord, digest_of
 
+MARKER = "training.json"
 
-def test_files_tables_and_json_come_back(tmp_path):
-    run = RunDirectory(tmp_path / "run")
+
+@pytest.fixture(params=["local", "s3"])
+def run(request, tmp_path, monkeypatch):
+    """An empty run directory, on this machine's disk and on an object store."""
+    monkeypatch.setattr(run_module, "LEASE_SETTLE_S", 0.05)
+    uri = tmp_path / "run" if request.param == "local" else request.getfixturevalue("object_store")()
+    return RunDirectory(uri)
+
+
+@pytest.fixture
+def remote(object_store):
+    return RunDirectory(object_store())
+
+
+def fill(folder, content):
+    for name in ("adapter_config.json", "deep/adapter_model.safetensors", MARKER):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def commit(run, name, content):
+    with run.staged(name, last=MARKER) as folder:
+        fill(folder, content)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def whole(content):
+    return dict.fromkeys(["adapter_config.json", "deep/adapter_model.safetensors", MARKER], content)
+
+
+def test_files_tables_and_json_come_back(run):
     run.write_json("a/b.json", {"x": [1, "é"]})
     run.write_table("t.parquet", pa.table({"id": ["a", "b"], "v": [1.0, 2.0]}))
     assert run.read_json("a/b.json") == {"x": [1, "é"]}
     assert run.read_table("t.parquet", ["v"]).to_pydict() == {"v": [1.0, 2.0]}
     assert run.names("") == ["a", "t.parquet"]
     assert run.names("missing") == []
+    run.delete("a")
+    run.delete("never there")
+    assert not run.exists("a/b.json")
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_uri_alone_opens_the_same_directory_elsewhere(run):
+    run.write_bytes("sub/x", b"1")
+    assert RunDirectory(run.uri).read_bytes("sub/x") == b"1"
+    assert RunDirectory(run.uri_of("sub")).read_bytes("x") == b"1"
+    assert RunDirectory(run.uri).uri == run.uri
+    assert RunDirectory(Path(run.path()) if run.is_local else run.uri).uri == run.uri
+
+
+def test_the_environment_can_name_the_server(object_store, monkeypatch):
+    uri, _, options = object_store().partition("?")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", options.split("=")[1].split("&")[0])
+    RunDirectory(f"{uri}?region=us-east-1").write_bytes("x", b"1")
+    assert RunDirectory(f"{uri}?{options}").read_bytes("x") == b"1"
+
+
+def test_a_missing_file_is_named(run):
     with pytest.raises(RunError, match=r"nothing\.json is missing"):
-        RunDirectory(tmp_path).read_json("nothing.json")
+        run.read_json("nothing.json")
+    with pytest.raises(RunError, match="nothing is missing"):
+        run.fetch("nothing")
 
 
-def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
-    run = RunDirectory(tmp_path)
+def test_a_directory_without_a_run_says_how_to_start_one(run):
+    with pytest.raises(RunError) as error:
+        run.require()
+    assert str(error.value) == f"{run.uri} holds no run; start one with: gradientspace run quickstart"
+    run.record("prepare", StageRecord(status="running", digest="d"))
+    run.require()
 
+
+@pytest.mark.parametrize("data", [b'{"stages": {', b"\xff\xfe{}", b""])
+def test_a_damaged_json_file_is_named_in_one_line(run, data):
+    run.write_bytes("clusters/quality.json", data)
+    with pytest.raises(RunError) as error:
+        run.read_json("clusters/quality.json")
+    message = str(error.value)
+    assert message.startswith(f"{run.path('clusters/quality.json')} cannot be used (")
+    assert message.endswith(f"delete {run.path('manifest.json')} and run again, what is finished is kept")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'{"stages": {', "Invalid JSON: EOF while parsing"),
+        (b"[]", "Input should be an object"),
+        (
+            b'{"stages": {"prepare": {"status": "dun", "digest": 3}}}',
+            "stages: prepare: status: Input should be .*, and 1 more",
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_named_in_one_line(run, data, reason):
+    run.write_bytes("manifest.json", data)
+    with pytest.raises(RunError, match=reason) as error:
+        run.manifest()
+    message = str(error.value)
+    assert message.startswith(f"{run.path('manifest.json')} cannot be used (")
+    assert message.endswith(f"; delete {run.path('manifest.json')} and run again, what is finished is kept")
+    assert "\n" not in message
+
+
+def test_a_staged_folder_appears_whole_or_not_at_all(run):
     def interrupted():
-        with run.staged("generalist") as folder:
-            (folder / "weights").write_text("half")
+        with run.staged("generalist", last=MARKER) as folder:
+            fill(folder, "half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not run.exists("generalist")
+    commit(run, "generalist", "one")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert run.read_bytes(f"generalist/{MARKER}") == b"one"
     assert run.names(".staging") == []
-    for content in ("one", "two"):
-        with run.staged("generalist") as folder:
-            (folder / "weights").write_text(content)
-        assert (run.fetch("generalist") / "weights").read_text() == content
+
+
+def test_a_staged_folder_replaces_the_old_one(run):
+    with run.staged("router") as folder:
+        (folder / "only in the first").write_text("x")
+        fill(folder, "one")
+    commit(run, "router", "two")
+    assert contents(run.fetch("router")) == whole("two")
+    assert run.names(".staging") == []
+
+
+def test_a_worker_killed_while_it_uploads_leaves_no_marker(remote, monkeypatch):
+    commit(remote, "generalist", "old")
+    copy_files = fs.copy_files
+
+    def dies_half_way(source, destination, **filesystems):
+        copy_files(f"{source}/deep", f"{destination}/deep", **filesystems)
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(fs, "copy_files", dies_half_way)
+    with pytest.raises(OSError, match="connection reset"):
+        commit(remote, "generalist", "new")
+    monkeypatch.undo()
+    assert remote.read_bytes("generalist/deep/adapter_model.safetensors") == b"new"
+    assert not remote.exists(f"generalist/{MARKER}"), "half a folder must not look complete"
+    commit(remote, "generalist", "new")
+    assert contents(remote.fetch("generalist")) == whole("new")
+
+
+def test_the_old_marker_goes_first_and_the_new_one_comes_last(remote, caplog):
+    commit(remote, "generalist", "old")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="werkzeug"):
+        commit(remote, "generalist", "new")
+    changes = [change for line in caplog.messages for change in re.findall(r"(?:PUT|POST|DELETE) \S+", line)]
+    key = f"{remote.path('generalist')}/{MARKER}"
+    assert changes[0] == f"DELETE /{key}"
+    first = next(index for index, change in enumerate(changes[1:], 1) if key in change)
+    assert all(key in change for change in changes[first:])
+    for other in ("adapter_config.json", "deep/adapter_model.safetensors"):
+        assert any(change.startswith("POST") and f"{other}?uploadId=" in change for change in changes[:first])
+
+
+def test_a_fetch_that_fails_half_way_leaves_nothing_to_reuse(remote, monkeypatch):
+    commit(remote, "generalist", "x" * 1000)
+    copy_files = fs.copy_files
+
+    def dies_half_way(source, destination, **filesystems):
+        copy_files(source, destination, **filesystems)
+        (Path(destination) / MARKER).write_text("x")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(fs, "copy_files", dies_half_way)
+    with pytest.raises(OSError, match="no space"):
+        remote.fetch("generalist")
+    monkeypatch.undo()
+    assert contents(remote.fetch("generalist")) == whole("x" * 1000)
+
+
+def test_a_copy_is_made_once_and_again_when_it_was_removed(remote, monkeypatch):
+    commit(remote, "a/generalist", "x")
+    remote.write_bytes("a/recipe.yaml", b"name: x")
+    copy = remote.fetch("a/generalist")
+    assert copy.name == "generalist"
+    assert remote.fetch("a/recipe.yaml").read_text() == "name: x"
+    assert sorted(path.name for path in remote.fetch("a").iterdir()) == ["generalist", "recipe.yaml"]
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "copy_files", None)
+        assert RunDirectory(remote.uri).fetch("a/generalist") == copy
+    for path in (copy / MARKER, copy / "adapter_config.json", copy / "deep/adapter_model.safetensors"):
+        path.unlink()
+    (copy / "deep").rmdir()
+    copy.rmdir()
+    assert contents(remote.fetch("a/generalist")) == whole("x")
+
+
+def test_threads_that_fetch_at_once_get_whole_folders(remote):
+    commit(remote, "generalist", "x")
+    barrier, found = threading.Barrier(6), []
+
+    def fetch():
+        barrier.wait(30)
+        found.append(contents(remote.fetch("generalist")))
+
+    threads = [threading.Thread(target=fetch) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [whole("x")] * 6
+
+
+FETCHING = """
+import os, sys
+from gradientspace_ray.run import RunDirectory
+run = RunDirectory(sys.argv[1])
+mine = run.fetch("x")
+child = os.fork()
+if child == 0:
+    assert run.fetch("x") != mine
+    print(run.fetch("x"), flush=True)
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+assert mine.exists(), "the child removed what its parent fetched"
+print(mine)
+"""
+
+
+def test_copies_are_a_process_s_own_and_go_with_it(remote):
+    remote.write_bytes("x", b"1")
+    command = [sys.executable, "-c", FETCHING, remote.uri]
+    copies = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    assert len(set(copies)) == 2
+    assert not any(Path(copy).parents[1].exists() for copy in copies)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -54,13 +267,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert run.names("") == ["x"]
 
 
-def test_the_manifest_keeps_every_stage(tmp_path):
-    run = RunDirectory(tmp_path)
+def test_the_manifest_keeps_every_stage(run):
     run.record("prepare", StageRecord(status="done", digest="d1", counts={"examples": 3}))
     run.record("warmup", StageRecord(status="running", digest="d2"))
-    stages = RunDirectory(tmp_path).manifest().stages
+    stages = RunDirectory(run.uri).manifest().stages
     assert list(stages) == ["prepare", "warmup"]
     assert stages["prepare"].counts == {"examples": 3}
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.lists(st.integers())))
+def test_the_digest_does_not_depend_on_the_order_of_keys(value):
+    shuffled = dict(reversed(list(value.items())))
+    assert digest_of(value) == digest_of(shuffled) == digest_of(json.loads(json.dumps(value)))
 
 
 def hold(path, ready, done):
@@ -69,33 +287,136 @@ def hold(path, ready, done):
         done.wait(30)
 
 
-def test_a_second_driver_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
+def test_a_second_driver_is_refused_and_a_dead_one_is_not_waited_for(run):
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(str(tmp_path), ready, done))
+    holder = context.Process(target=hold, args=(run.uri, ready, done))
     holder.start()
     assert ready.wait(30)
-    with pytest.raises(RunError, match=f"in use by process {holder.pid}"), RunDirectory(tmp_path).lease():
+    with pytest.raises(RunError, match=f"in use by process {holder.pid}"), RunDirectory(run.uri).lease():
         pass
     holder.kill()
     holder.join()
-    with RunDirectory(tmp_path).lease():
-        assert RunDirectory(tmp_path).read_json("lease.json")["pid"] == os.getpid()
-    assert not RunDirectory(tmp_path).exists("lease.json")
+    with RunDirectory(run.uri).lease():
+        assert run.read_json("lease.json")["pid"] == os.getpid()
+    assert run.names("") == []
 
 
-def test_a_stale_lease_of_another_machine_is_taken_over(tmp_path):
-    run = RunDirectory(tmp_path)
-    lease = {"owner": "x", "host": "elsewhere", "pid": 1, "renewed_at": time.time() - 3600}
-    run.write_json("lease.json", lease)
-    with run.lease():
-        pass
-    run.write_json("lease.json", lease | {"renewed_at": time.time()})
+def lease_of(host="elsewhere", age_s=0.0):
+    return {"owner": "x", "host": host, "pid": 1, "renewed_at": time.time() - age_s}
+
+
+def test_a_stale_lease_of_another_machine_is_taken_over(run):
+    run.write_json("lease.json", lease_of(age_s=3600))
+    with run.lease() as held:
+        held.check()
+    run.write_json("lease.json", lease_of())
     with pytest.raises(RunError, match="elsewhere"), run.lease():
         pass
 
 
-@given(st.dictionaries(st.text(), st.integers() | st.text() | st.lists(st.integers())))
-def test_the_digest_does_not_depend_on_the_order_of_keys(value):
-    shuffled = dict(reversed(list(value.items())))
-    assert digest_of(value) == digest_of(shuffled) == digest_of(json.loads(json.dumps(value)))
+@pytest.mark.parametrize("data", [b"", b"{", b'{"owner": "x"}'])
+def test_a_damaged_lease_is_nobody_s(run, data):
+    run.write_bytes("lease.json", data)
+    with run.lease() as held:
+        held.check()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def renewals():
+    return [thread for thread in threading.enumerate() if thread.name == "run-lease"]
+
+
+def test_a_driver_that_lost_its_lease_learns_of_it_and_leaves_the_other_one_alone(run, monkeypatch):
+    monkeypatch.setattr(run_module, "LEASE_RENEWAL_S", 0.02)
+    other = lease_of()
+    with run.lease() as held:
+        held.check()
+        thread = renewals()[0]
+        # Between two renewals this one has read the lease and is about to write it, so the other may be written over.
+        wait_until(lambda: run.write_json("lease.json", other) or run.read_json("lease.json") == other)
+        wait_until(lambda: run.write_json("lease.json", other) or not thread.is_alive())
+        with pytest.raises(RunError, match="another driver took over; let it finish, then run again"):
+            held.check()
+    assert run.read_json("lease.json") == other
+
+
+def test_a_lease_that_is_gone_counts_as_lost(run):
+    with run.lease() as held:
+        run.delete("lease.json")
+        with pytest.raises(RunError, match="another driver took over"):
+            held.check()
+
+
+def test_renewal_goes_on_after_an_error(run, monkeypatch):
+    monkeypatch.setattr(run_module, "LEASE_RENEWAL_S", 0.02)
+    write, failures = RunDirectory.write_json, []
+
+    def fails_twice(self, name, value):
+        if threading.current_thread().name == "run-lease" and len(failures) < 2:
+            failures.append(name)
+            raise OSError("the network is down")
+        write(self, name, value)
+
+    monkeypatch.setattr(RunDirectory, "write_json", fails_twice)
+    with run.lease() as held:
+        taken_at = run.read_json("lease.json")["renewed_at"]
+        wait_until(lambda: run.read_json("lease.json")["renewed_at"] > taken_at)
+        held.check()
+    assert failures == ["lease.json"] * 2
+    assert not run.exists("lease.json")
+
+
+@pytest.mark.parametrize("before", ["nothing", "a stale lease"])
+def test_of_drivers_that_start_at_once_one_gets_the_run(run, monkeypatch, before):
+    monkeypatch.setattr(run_module, "LEASE_SETTLE_S", 0.5)
+    drivers = 6 if run.is_local else 3
+    for _ in range(10 if run.is_local else 1):
+        if before == "a stale lease":
+            run.write_json("lease.json", lease_of(age_s=3600))
+        start, end = threading.Barrier(drivers), threading.Barrier(drivers)
+        outcomes = []
+
+        def drive(start=start, end=end, outcomes=outcomes):
+            start.wait(30)
+            try:
+                with RunDirectory(run.uri).lease() as held:
+                    end.wait(30)
+                    held.check()
+                    outcomes.append("got it")
+            except RunError as error:
+                outcomes.append(str(error))
+                end.wait(30)
+
+        threads = [threading.Thread(target=drive) for _ in range(drivers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(outcomes) == drivers
+        assert outcomes.count("got it") == 1, outcomes
+
+
+def test_a_driver_that_was_killed_while_it_took_the_lease_is_told_apart(tmp_path):
+    lock = tmp_path / "lease.lock"
+    lock.touch()
+    with pytest.raises(RunError, match="if none does, delete it"), RunDirectory(tmp_path).lease():
+        pass
+    assert lock.exists()
+    lock.unlink()
+    with RunDirectory(tmp_path).lease() as held:
+        held.check()
+    assert not lock.exists()
+
+
+def test_an_error_in_the_block_gives_the_lease_back(run):
+    with pytest.raises(ZeroDivisionError), run.lease():
+        raise ZeroDivisionError
+    assert not run.exists("lease.json")
+    assert renewals() == []

@@ -8,7 +8,7 @@ from tiny_models import BYTES, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
 
-from gradientspace_ray.engine.sampling import Sampler, Sampling, StopMatcher, TextDecoder
+from gradientspace_ray.engine.sampling import MIN_TEMPERATURE, Sampler, Sampling, StopMatcher, TextDecoder
 
 TOKENIZER = byte_tokenizer()
 VOCABULARY = len(BYTES) + 3
@@ -101,6 +101,21 @@ def logits(seed=0):
 def test_temperature_zero_is_greedy():
     sampler = Sampler(Sampling(max_tokens=1, temperature=0, seed=3))
     assert [sampler.choose(logits(seed)) for seed in range(5)] == [int(logits(seed).argmax()) for seed in range(5)]
+
+
+@given(
+    st.floats(0, 2),
+    st.floats(0, 1),
+    st.none() | st.integers(-(2**63), 2**63 - 1),
+    st.sampled_from([1.0, 1e-3, 100.0, 1e5]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_every_setting_that_the_api_takes_chooses_a_token(temperature, top_p, seed, scale, dtype):
+    scaled_V = (logits() * scale).to(dtype)
+    token = Sampler(Sampling(max_tokens=1, temperature=temperature, top_p=top_p, seed=seed)).choose(scaled_V)
+    assert 0 <= token < len(scaled_V)
+    if temperature < MIN_TEMPERATURE:
+        assert token == int(scaled_V.argmax())
 
 
 def test_a_vanishing_nucleus_is_greedy():

@@ -1,13 +1,16 @@
+import socket
 import typing
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
-from gradientspace_ray.registry import REGISTRY
+from gradientspace_ray.registry import REGISTRY, read_registry
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving import app
 from gradientspace_ray.serving.app import ServeArguments, build
@@ -68,6 +71,14 @@ def test_the_key_check_finds_a_typo_at_every_level():
     ]
 
 
+def test_every_node_of_the_kuberay_service_says_how_ray_authenticates():
+    text = next(path for path in CONFIGS if path.name == "kuberay-rayservice.yaml").read_text()
+    cluster = yaml.safe_load(text)["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_AUTH_MODE", "value": "disabled"} in container["env"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -106,6 +117,70 @@ def test_an_api_key_that_is_asked_for_must_be_there(run_dir, monkeypatch):
         build(arguments)
     monkeypatch.setenv("SOME_KEY", "secret")
     assert isinstance(build(arguments), Application)
+
+
+def test_every_deployment_gets_the_registry_as_it_was_read_once(run_dir):
+    registry = read_registry(RunDirectory(run_dir))
+    ingress = build(ServeArguments(run_dir=str(run_dir)))._bound_deployment
+    _, router, experts, _ = ingress.init_args
+    (run_dir / REGISTRY).unlink()
+    bound = (ingress.init_args[0], router._bound_deployment.init_args[1], experts._bound_deployment.init_args[1])
+    assert bound == (registry,) * 3
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("::1", "http://[::1]:80"),
+        ("::", "http://[::1]:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("localhost", "http://localhost:80"),
+    ],
+)
+def test_the_url_is_where_this_machine_reaches_the_endpoint(host, url):
+    assert app.base_url(host, 80) == url
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_port_in_use_is_one_line_that_names_it(family, host):
+    with socket.socket(family) as other:
+        other.bind((host, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"^port {port} on {host} is in use; choose another with --port$"):
+            app.free_port(host, port)
+    assert app.free_port(host, 0) > 0
+
+
+def test_an_address_of_another_machine_is_one_line_that_names_it():
+    with pytest.raises(OSError, match=r"^port 8000 on 192.0.2.1: .*; choose another --host or --port$"):
+        app.free_port("192.0.2.1", 8000)
+
+
+def test_a_gpu_is_only_missed_where_ray_would_run_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    app.check_device("cpu")
+    with pytest.raises(RuntimeError, match="no CUDA GPU for the experts; serve with --device cpu"):
+        app.check_device("cuda")
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    app.check_device("cuda")
+
+
+def test_the_wait_for_an_endpoint_is_not_a_busy_loop(monkeypatch):
+    asked = []
+    monkeypatch.setattr(app, "ANSWER_TIMEOUT_S", 0.35)
+    monkeypatch.setattr(app.httpx, "get", lambda url, timeout: asked.append(url) or httpx.Response(503))
+    with pytest.raises(RuntimeError, match="http://here does not answer"):
+        app._wait_for("http://here")
+    assert 1 <= len(asked) <= 5
+
+
+def test_what_a_deployment_says_ends_with_the_cause():
+    message = "It failed. Error:\nTraceback\n  File x\ngradientspace_ray.models.loading.ModelError: m: not there\n"
+    assert app.last_line(message) == "m: not there"
+    assert app.last_line("Traceback\nKeyError: 'x'") == "KeyError: 'x'"
 
 
 def test_a_registry_that_promises_too_much_is_refused(run_dir):

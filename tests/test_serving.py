@@ -2,7 +2,10 @@
 
 import contextlib
 import json
-import socket
+import re
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +19,8 @@ from tiny_run import COUNTING, EXPERTS, STORIES, make_run
 
 from gradientspace_ray.examples.rendering import IGNORED, Renderer
 from gradientspace_ray.models.loading import load_base, load_tokenizer
-from gradientspace_ray.registry import read_registry
-from gradientspace_ray.serving.app import ServeArguments, start
+from gradientspace_ray.registry import read_registry, write_registry
+from gradientspace_ray.serving.app import ServeArguments, build, endpoint, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 API_KEY = "sk-test-key"
@@ -35,18 +38,40 @@ def run(tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
     return make_run(tmp_path_factory.mktemp("serving") / "run", tiny_model_dir, tiny_encoder_dir)
 
 
+def on_a_cluster(ray_cluster, run, **arguments):
+    """An endpoint on a Ray that lives on, as one at RAY_ADDRESS does."""
+    application = build(ServeArguments(run_dir=run.uri, **arguments))
+    return endpoint(application, "127.0.0.1", free_port("127.0.0.1", 0))
+
+
+def test_an_endpoint_that_does_not_start_says_why_and_leaves_nothing(ray_cluster, run, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    registry = read_registry(run)
+    write_registry(run, registry.model_copy(update={"base_model": "no/such-model"}))
+    try:
+        with (
+            pytest.raises(RuntimeError, match=r"^Experts does not start: no/such-model: the model cannot be loaded"),
+            on_a_cluster(ray_cluster, run, start_attempts=1),
+        ):
+            pass
+    finally:
+        write_registry(run, registry)
+    assert serve.status().applications == serve.status().proxies == {}
+
+
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster, run):
+def url(ray_cluster, run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIENTSPACE_API_KEY", API_KEY)
-        arguments = ServeArguments(run_dir=run.uri, max_slots=2, max_tokens=2000)
-        yield start(arguments, "127.0.0.1", 0)
-    serve.shutdown()
+        patch.setenv("RAY_ADDRESS", "auto")
+        with on_a_cluster(ray_cluster, run, max_slots=2, max_tokens=2000) as url:
+            yield url
+    assert serve.status().applications == serve.status().proxies == {}
 
 
 @pytest.fixture
-def client(endpoint):
-    return openai.OpenAI(base_url=f"{endpoint}/v1", api_key=API_KEY, max_retries=0, timeout=60)
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=60)
 
 
 def ask(client, model="auto", prompt=CONVERSATION, **settings):
@@ -99,9 +124,9 @@ def test_streams_carry_the_same_text(client):
     assert all(chunk.choices for chunk in ask(client, stream=True)), "a usage chunk came that nobody asked for"
 
 
-def test_a_stream_is_server_sent_events_to_the_letter(endpoint):
+def test_a_stream_is_server_sent_events_to_the_letter(url):
     body = {"model": "auto", "messages": CONVERSATION, "max_tokens": 3, "stream": True}
-    answer = httpx.post(f"{endpoint}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {API_KEY}"})
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {API_KEY}"})
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-cache"
     *events, done, end = answer.text.split("\n\n")
@@ -157,7 +182,7 @@ def test_models_are_listed(client, run):
         client.models.retrieve("some/other")
 
 
-def test_errors_are_the_client_s_own_types(client, endpoint):
+def test_errors_are_the_client_s_own_types(client, url):
     with pytest.raises(openai.NotFoundError) as caught:
         ask(client, "nobody")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
@@ -172,9 +197,9 @@ def test_errors_are_the_client_s_own_types(client, endpoint):
         ask(client, tools=[{"type": "function", "function": {"name": "f"}}])
     assert caught.value.param == "tools"
     with pytest.raises(openai.AuthenticationError) as caught:
-        ask(openai.OpenAI(base_url=f"{endpoint}/v1", api_key="wrong", max_retries=0))
+        ask(openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0))
     assert caught.value.code == "invalid_api_key"
-    assert httpx.get(f"{endpoint}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize(
@@ -190,22 +215,22 @@ def test_errors_are_the_client_s_own_types(client, endpoint):
         ("GET", "/", None, 404),
     ],
 )
-def test_bad_requests_get_openai_shaped_errors(endpoint, method, path, content, status):
+def test_bad_requests_get_openai_shaped_errors(url, method, path, content, status):
     headers = {"authorization": f"Bearer {API_KEY}"}
-    answer = httpx.request(method, f"{endpoint}{path}", content=content, headers=headers)
+    answer = httpx.request(method, f"{url}{path}", content=content, headers=headers)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.headers["x-request-id"]
 
 
-def test_a_body_without_a_declared_length_is_limited_too(endpoint):
+def test_a_body_without_a_declared_length_is_limited_too(url):
     parts = (b" " * 2**18 for _ in range(5))
     headers = {"authorization": f"Bearer {API_KEY}"}
-    assert httpx.post(f"{endpoint}/v1/chat/completions", content=parts, headers=headers).status_code == 413
+    assert httpx.post(f"{url}/v1/chat/completions", content=parts, headers=headers).status_code == 413
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_hanging_up_ends_the_request(endpoint, client, stream):
+def test_hanging_up_ends_the_request(url, client, stream):
     """Six long answers that nobody waits for would keep the model busy for about twenty seconds."""
     body = {"model": EXPERTS[1], "messages": CONVERSATION, "max_tokens": 1900, "temperature": 0, "stream": stream}
     headers = {"authorization": f"Bearer {API_KEY}"}
@@ -214,9 +239,7 @@ def test_hanging_up_ends_the_request(endpoint, client, stream):
         timeout = httpx.Timeout(30, read=1.0)
         with (
             contextlib.suppress(httpx.ReadTimeout),
-            httpx.stream(
-                "POST", f"{endpoint}/v1/chat/completions", json=body, headers=headers, timeout=timeout
-            ) as answer,
+            httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=timeout) as answer,
         ):
             next(answer.iter_lines())
 
@@ -229,7 +252,7 @@ def test_hanging_up_ends_the_request(endpoint, client, stream):
     assert ask(client, EXPERTS[1], max_tokens=1).usage.completion_tokens == 1
 
 
-def test_a_broken_adapter_fails_alone(client, run, endpoint):
+def test_a_broken_adapter_fails_alone(client, run, url):
     adapter = read_registry(run).resolve(EXPERTS[0])
     weights = run.fetch(adapter.folder) / "adapter_model.safetensors"
     for other in ("generalist", EXPERTS[1]):  # fill both slots, so that the next request must read the file
@@ -247,10 +270,52 @@ def test_a_broken_adapter_fails_alone(client, run, endpoint):
     assert ask(client, EXPERTS[0], max_tokens=1).usage.completion_tokens == 1
 
 
-def test_a_port_in_use_is_one_line_before_anything_starts(run):
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(OSError, match=f"port {port} on 127.0.0.1 is in use"):
-            start(ServeArguments(run_dir=run.uri), "127.0.0.1", port)
+def test_weights_that_changed_under_the_endpoint_are_never_served_under_the_old_digest(client, run):
+    registry = read_registry(run)
+    adapter, other = (registry.resolve(name) for name in EXPERTS)
+    for name in ("generalist", other.name):  # fill both slots, so that the next request must read the file
+        ask(client, name, max_tokens=1)
+    weights = run.fetch(adapter.folder) / "adapter_model.safetensors"
+    contents = weights.read_bytes()
+    weights.write_bytes((run.fetch(other.folder) / "adapter_model.safetensors").read_bytes())
+    try:
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError, match="it must be started again") as caught:
+                list(ask(client, adapter.name, stream=stream))
+            assert (caught.value.status_code, caught.value.code) == (503, "run_changed")
+        assert ask(client, other.name, max_tokens=1).usage.completion_tokens == 1
+    finally:
+        weights.write_bytes(contents)
+    assert ask(client, adapter.name, max_tokens=1).usage.completion_tokens == 1
+
+
+def test_a_second_endpoint_does_not_replace_the_first(ray_cluster, run, client):
+    with (
+        pytest.raises(RuntimeError, match=r"already runs an endpoint .* stop it with: serve shutdown"),
+        on_a_cluster(ray_cluster, run),
+    ):
+        pass
+    assert ask(client, "base", max_tokens=1).usage.completion_tokens == 1
+
+
+def gradientspace_serve(run, *arguments, **settings):
+    run.write_json("manifest.json", {"format": 1, "stages": {}})
+    command = [sys.executable, "-c", "from gradientspace_ray.cli import main; main()", "serve", run.uri, "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, "--device", "cpu", *arguments], **pipes, **settings)
+
+
+def test_the_command_serves_ipv6_until_sigterm(run, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("GRADIENTSPACE_API_KEY", raising=False)
+    process = gradientspace_serve(run, "--host", "::")
+    try:
+        url = re.search(r"http://\[::1\]:\d+/v1", process.stdout.readline()).group()
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        assert ask(client, "base", max_tokens=1).usage.completion_tokens == 1
+    finally:
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, output + errors
+    assert "warning: anyone who reaches :: can use this endpoint" in output
+    assert output.splitlines()[-1] == "interrupted; the endpoint has stopped"

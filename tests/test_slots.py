@@ -141,6 +141,19 @@ def test_an_adapter_that_cannot_be_loaded_leaves_its_slot_free(model, adapters, 
         assert slots.leases() == {adapters[0].id: 1}
 
 
+def test_what_fails_verification_is_not_loaded_and_leaves_its_slot_free(tiny_model_dir, model, adapters):
+    def verify(adapter):
+        if adapter.id == adapters[1].id:
+            raise RuntimeError("other weights")
+
+    slots = Slots.like(model, adapters[0].folder, capacity=1, verify=verify)
+    with pytest.raises(RuntimeError, match="other weights"), slots.lease(adapters[1]):
+        pass
+    assert slots.leases() == {}
+    with slots.lease(adapters[0], timeout_s=1):
+        assert slots.leases() == {adapters[0].id: 1}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,5 +1,6 @@
-"""The finetunes on a real Ray with real DeepSpeed engines: what they commit, and what a second run does."""
+"""The finetunes on a real Ray with real DeepSpeed engines: what they commit, and what a second run does with it."""
 
+import dataclasses
 import json
 import time
 
@@ -15,13 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from gradientspace_ray.models.loading import add_lora, load_adapter
 from gradientspace_ray.recipe import parse_recipe
-from gradientspace_ray.registry import adapter_digest
+from gradientspace_ray.registry import adapter_digest, committed_digest
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.stages import train
 from gradientspace_ray.training.loop import TrainingError
 from gradientspace_ray.training.schedule import plan_steps
-
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SEED = 7
 NAMES = ["low-bytes", "high-bytes"]
@@ -32,6 +31,10 @@ CLUSTERS = [0, 1] * 12 + [0] * 8
 HELD_OUT = random_examples(6, seed=3, low=10, high=40) + random_examples(6, seed=4, low=120, high=150)
 WARMUP = {"epochs": 5, "learning_rate": 3e-2, "examples_per_step": 8, "tokens_per_batch": 100}
 EXPERTS = {"epochs": 1, "learning_rate": 5e-3, "examples_per_step": 5, "tokens_per_batch": 100}
+
+
+def on_ray(test):
+    return pytest.mark.ray(pytest.mark.slow(test))
 
 
 def write_examples(run, examples):
@@ -113,6 +116,68 @@ def experts(generalist, recipe, run):
     return str(error.value), left, logs, train.experts(recipe, run)
 
 
+@pytest.fixture(params=["local", "s3"])
+def empty_run(request, tmp_path):
+    return RunDirectory(tmp_path if request.param == "local" else request.getfixturevalue("object_store")())
+
+
+def finetune_of(cluster):
+    name = "generalist" if cluster is None else "low-bytes"
+    return train.Finetune(name, "warmup", cluster, None, "the key", 10, 1)
+
+
+def write_adapter(run, cluster, weights=b"weights"):
+    """A committed adapter of `finetune_of(cluster)`; returns its folder."""
+    finetune = finetune_of(cluster)
+    made = {"key": finetune.key, "name": finetune.name, "cluster": cluster, "examples": 1, "tokens": 10, "steps": 1}
+    made |= {"seconds": 1.0, "workers": 1, "zero_stage": 1, "losses": [1.0]}
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights}
+    run.write_bytes("scratch/adapter_config.json", files["adapter_config.json"])
+    run.write_bytes("scratch/adapter_model.safetensors", files["adapter_model.safetensors"])
+    digest = committed_digest(run, "scratch")
+    folder = finetune.name if cluster is None else f"experts/{finetune.name}@{digest}"
+    with run.staged(folder, last="training.json") as staged:
+        for name, data in files.items():
+            (staged / name).write_bytes(data)
+        (staged / "training.json").write_text(json.dumps(made))
+    return folder
+
+
+@pytest.mark.parametrize("cluster", [None, 0])
+def test_a_whole_adapter_counts_as_committed(empty_run, cluster):
+    assert train._committed(empty_run, finetune_of(cluster)) is None
+    folder = write_adapter(empty_run, cluster)
+    made = train._committed(empty_run, finetune_of(cluster))
+    assert (made.folder, made.record.losses) == (folder, [1.0])
+    assert made.digest == adapter_digest(empty_run.fetch(folder))
+    assert train._committed(empty_run, dataclasses.replace(finetune_of(cluster), key="another")) is None
+
+
+@pytest.mark.parametrize("cluster", [None, 0])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "training.json"])
+def test_an_adapter_without_one_of_its_files_is_not_committed(empty_run, cluster, name):
+    folder = write_adapter(empty_run, cluster)
+    empty_run.delete(f"{folder}/{name}")
+    assert train._committed(empty_run, finetune_of(cluster)) is None
+
+
+@pytest.mark.parametrize("cluster", [None, 0])
+@pytest.mark.parametrize("data", [b"", b'{"key": "the key"', b'{"key": "the key"}', b"[]"])
+def test_an_adapter_with_a_damaged_record_is_not_committed(empty_run, cluster, data):
+    folder = write_adapter(empty_run, cluster)
+    empty_run.write_bytes(f"{folder}/training.json", data)
+    assert train._committed(empty_run, finetune_of(cluster)) is None
+
+
+def test_an_expert_whose_digest_is_not_that_of_its_files_is_not_committed(empty_run):
+    folder = write_adapter(empty_run, 0)
+    empty_run.write_bytes(f"{folder}/adapter_model.safetensors", b"weigh")
+    assert train._committed(empty_run, finetune_of(0)) is None
+    other = write_adapter(empty_run, 0, b"other weights")
+    assert train._committed(empty_run, finetune_of(0)).folder == other
+
+
+@on_ray
 def test_generalist_is_that_of_a_plain_loop(generalist, run, tiny_model_dir):
     model = add_lora(base(tiny_model_dir), 4, 8, "all-linear", SEED)
     steps = plan_steps(len(EXAMPLES), 8, 5, [SEED, train.ORDER_PURPOSE["warmup"]])
@@ -131,6 +196,7 @@ def test_generalist_is_that_of_a_plain_loop(generalist, run, tiny_model_dir):
     assert generalist.output == adapter_digest(run.fetch("generalist"))
 
 
+@on_ray
 def test_generalist_lowers_the_loss_of_examples_that_it_has_not_seen(generalist, run, tiny_model_dir):
     with torch.no_grad():
         before = mean_loss(base(tiny_model_dir), HELD_OUT)
@@ -138,6 +204,7 @@ def test_generalist_lowers_the_loss_of_examples_that_it_has_not_seen(generalist,
     assert after < before - 0.3
 
 
+@on_ray
 @pytest.mark.parametrize("name", [*NAMES, "single_lora"])
 def test_experts_continue_the_generalist_as_a_plain_loop_does(experts, run, tiny_model_dir, name):
     folder = run.fetch("single_lora") if name == "single_lora" else expert_folders(run)[name]
@@ -155,11 +222,13 @@ def test_experts_continue_the_generalist_as_a_plain_loop_does(experts, run, tiny
         torch.testing.assert_close(found, mean_loss(model, HELD_OUT), atol=1e-4, rtol=0)
 
 
+@on_ray
 def test_single_lora_sees_as_many_tokens_as_all_experts(experts, run):
     folders = expert_folders(run)
     assert record(run.fetch("single_lora"))["tokens"] == sum(record(folders[name])["tokens"] for name in NAMES)
 
 
+@on_ray
 def test_folders_are_named_by_their_digest_and_hold_an_adapter_that_names_its_base(experts, run, tiny_model_dir):
     for folder in run.names("experts"):
         path = run.fetch(f"experts/{folder}")
@@ -168,6 +237,7 @@ def test_folders_are_named_by_their_digest_and_hold_an_adapter_that_names_its_ba
         assert all(weight.dtype == torch.float32 for weight in load_file(path / "adapter_model.safetensors").values())
 
 
+@on_ray
 def test_a_failed_finetune_leaves_the_others_and_is_named_in_one_line(experts):
     message, left, logs, _ = experts
     assert "\n" not in message
@@ -178,6 +248,7 @@ def test_a_failed_finetune_leaves_the_others_and_is_named_in_one_line(experts):
     assert "low-bytes" in {folder.partition("@")[0] for folder in left}
 
 
+@on_ray
 def test_the_next_run_trains_only_what_is_missing_and_removes_what_is_stale(experts, run):
     _, left, _, summary = experts
     kept = next(folder for folder in left if folder.startswith("low-bytes@"))
@@ -188,12 +259,14 @@ def test_the_next_run_trains_only_what_is_missing_and_removes_what_is_stale(expe
     assert run.names("failures") == []
 
 
+@on_ray
 def test_a_finished_stage_trains_nothing(experts, recipe, run, monkeypatch):
     monkeypatch.setattr(train, "_launch", None)
     assert train.experts(recipe, run) == experts[3]
     assert train.warmup(recipe, run).made.startswith("generalist from 32 examples")
 
 
+@on_ray
 def test_without_the_baseline_its_folder_goes_and_no_expert_is_trained_again(experts, recipe, run, tiny_model_dir):
     before = {name: record(folder) for name, folder in expert_folders(run).items()}
     single = (run.fetch("single_lora") / "training.json").read_text()
@@ -204,6 +277,7 @@ def test_without_the_baseline_its_folder_goes_and_no_expert_is_trained_again(exp
     assert single
 
 
+@on_ray
 def test_a_loss_that_is_not_finite_is_not_tried_again(ray_cluster, tiny_model_dir, tmp_path):
     run = RunDirectory(tmp_path)
     write_examples(run, EXAMPLES)
@@ -214,6 +288,7 @@ def test_a_loss_that_is_not_finite_is_not_tried_again(ray_cluster, tiny_model_di
     assert not run.exists("generalist")
 
 
+@on_ray
 def test_ctrl_c_ends_the_trainer_and_its_workers(ray_cluster, tiny_model_dir, tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
     write_examples(run, EXAMPLES)

@@ -4,10 +4,11 @@ Gradients of one skill are near-orthogonal, so neighbourhoods carry the signal a
 after Ng, Jordan and Weiss (NIPS 2001): the leading eigenvectors of the normalised graph, rows scaled to unit length,
 then k-means.
 
-Shapes: N examples, K coordinates, C clusters, E eigenvectors.
+Shapes: N examples, L of them whose coordinates are not zero, K coordinates, M neighbours, C clusters, E eigenvectors.
 """
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from scipy.sparse import csr_matrix, diags, identity
@@ -19,10 +20,12 @@ DENSE_EXAMPLES = 1500
 """Up to this many examples all eigenvectors are computed at once, which is exact and quick."""
 STARTS = 10
 """Starts of k-means, the best of which is kept."""
+NEGLIGIBLE_NORM = 1e-6
+"""Of the longest row. A zero gradient leaves the sketch with coordinates of about 1e-16, a direction of rounding."""
 
 
 def unit_rows(coordinates_NK: np.ndarray) -> np.ndarray:
-    """Rows scaled to unit length, float64; a zero row stays zero.
+    """Rows scaled to unit length, float64; a row shorter than a millionth of the longest becomes zero.
 
     Raises:
         ValueError: not a matrix with at least one row, or not finite.
@@ -34,32 +37,32 @@ def unit_rows(coordinates_NK: np.ndarray) -> np.ndarray:
         bad = int((~np.isfinite(rows_NK)).any(axis=1).argmax())
         raise ValueError(f"the coordinates of example {bad} are not finite; make the sketch again")
     norms_N1 = np.linalg.norm(rows_NK, axis=1, keepdims=True)
-    return np.divide(rows_NK, norms_N1, out=np.zeros_like(rows_NK), where=norms_N1 > 0)
+    return np.divide(rows_NK, norms_N1, out=np.zeros_like(rows_NK), where=norms_N1 > NEGLIGIBLE_NORM * norms_N1.max())
 
 
 def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int) -> csr_matrix:
     """Symmetric graph of each example's nearest neighbours by cosine.
 
     The weight of an edge is the cosine, where positive, halved when only one end counts the other as a neighbour. A
-    zero row has none, and counts as 60 degrees from all others: it joins some cluster and does not become one.
+    zero row has no direction, so it has no edges and is nobody's neighbour.
 
     Args:
         coordinates_NK: of any length; they are scaled to unit length.
-        neighbours: of each example; at most N - 1 are used.
+        neighbours: of each example; at most all other rows that are not zero are used.
 
     Returns:
         [N, N] sparse weights in 0 .. 1, zero diagonal.
     """
     unit_NK = unit_rows(coordinates_NK)
     count = unit_NK.shape[0]
-    used = min(neighbours, count - 1)
+    live = np.flatnonzero(unit_NK.any(axis=1))
+    used = min(neighbours, len(live) - 1)
     if used < 1:
         return csr_matrix((count, count))
     # On unit rows, distance^2 = 2 - 2 cosine; asked without arguments, an example is not its own neighbour.
-    distances_NM, indices_NM = NearestNeighbors(n_neighbors=used, algorithm="brute").fit(unit_NK).kneighbors()
-    weights = np.clip(1 - distances_NM**2 / 2, 0, None).ravel()
-    rows = np.repeat(np.arange(count), used)
-    graph = csr_matrix((weights, (rows, indices_NM.ravel())), shape=(count, count))
+    distances_LM, indices_LM = NearestNeighbors(n_neighbors=used, algorithm="brute").fit(unit_NK[live]).kneighbors()
+    weights = np.clip(1 - distances_LM**2 / 2, 0, None).ravel()
+    graph = csr_matrix((weights, (np.repeat(live, used), live[indices_LM.ravel()])), shape=(count, count))
     graph = (graph + graph.T) / 2
     graph.eliminate_zeros()
     return graph
@@ -104,7 +107,7 @@ def eigenmap_clusters(vectors_NE: np.ndarray, count: int, seed: int) -> np.ndarr
 
 
 def spectral_clusters(coordinates_NK: np.ndarray, count: int, neighbours: int, seed: int) -> np.ndarray:
-    """Clusters of the neighbour graph.
+    """Clusters of the neighbour graph; zero rows, which have no place in it, join the largest cluster.
 
     Args:
         coordinates_NK: coordinates of the examples, scaled to unit length here.
@@ -121,8 +124,31 @@ def spectral_clusters(coordinates_NK: np.ndarray, count: int, neighbours: int, s
     check_count(count, len(coordinates_NK))
     if count == 1:
         return np.zeros(len(coordinates_NK), dtype=int)
-    _, vectors_NE = laplacian_eigenmap(neighbour_graph(coordinates_NK, neighbours), count, seed)
-    return eigenmap_clusters(vectors_NE, count, seed)
+
+    def cluster(unit_LK: np.ndarray) -> np.ndarray:
+        used = min(count, len(unit_LK))
+        _, vectors_LE = laplacian_eigenmap(neighbour_graph(unit_LK, neighbours), used, seed)
+        return eigenmap_clusters(vectors_LE, used, seed)
+
+    return around_zero_rows(unit_rows(coordinates_NK), cluster)
+
+
+def around_zero_rows(unit_NK: np.ndarray, cluster: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Cluster the rows that are not zero; the zero rows get the label of the largest cluster.
+
+    Args:
+        unit_NK: rows of unit length or zero.
+        cluster: the L rows that are not zero, at least one -> their labels [L], 0 or above.
+
+    Returns:
+        [N] labels; all 0 when every row is zero.
+    """
+    live_N = unit_NK.any(axis=1)
+    labels_N = np.zeros(len(unit_NK), dtype=int)
+    if live_N.any():
+        labels_L = cluster(unit_NK[live_N])
+        labels_N[live_N], labels_N[~live_N] = labels_L, np.bincount(labels_L).argmax()
+    return labels_N
 
 
 def fit_kmeans(rows_NK: np.ndarray, count: int, seed: int) -> KMeans:

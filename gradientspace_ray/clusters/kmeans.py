@@ -1,15 +1,15 @@
 """Spherical k-means: clusters of directions.
 
-Shapes: N examples, K coordinates, C clusters.
+Shapes: N examples, L of them whose coordinates are not zero, K coordinates, C clusters.
 """
 
 import numpy as np
 
-from gradientspace_ray.clusters.graph import check_count, fit_kmeans, unit_rows
+from gradientspace_ray.clusters.graph import around_zero_rows, check_count, fit_kmeans, unit_rows
 
 
 def spherical_kmeans(coordinates_NK: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """k-means on unit vectors, then each example to the nearest direction by cosine.
+    """k-means on unit vectors, then each example to the nearest direction by cosine; zero rows to the largest cluster.
 
     Args:
         coordinates_NK: coordinates of the examples, scaled to unit length here.
@@ -23,9 +23,12 @@ def spherical_kmeans(coordinates_NK: np.ndarray, count: int, seed: int) -> np.nd
         ValueError: more clusters than examples, or fewer than one.
     """
     check_count(count, len(coordinates_NK))
-    unit_NK = unit_rows(coordinates_NK)
-    centres_CK = fit_kmeans(unit_NK, count, seed).cluster_centers_
-    return (unit_NK @ unit_rows(centres_CK).T).argmax(axis=1)
+
+    def cluster(unit_LK: np.ndarray) -> np.ndarray:
+        centres_CK = fit_kmeans(unit_LK, min(count, len(unit_LK)), seed).cluster_centers_
+        return (unit_LK @ unit_rows(centres_CK).T).argmax(axis=1)
+
+    return around_zero_rows(unit_rows(coordinates_NK), cluster)
 
 
 def centroids(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ def choose_count(
     there. Separation is the eigengap of the neighbour graph's normalised Laplacian, lambda_(C+1) - lambda_C (von
     Luxburg, "A tutorial on spectral clustering", 2007, section 8.3). Each alone errs: stability prefers coarse
     clusters, and the gap is wide somewhere even in noise. One cluster competes with the gap lambda_2 and, since its
-    stability would say nothing, one half in its place. At most 2,000 examples are looked at.
+    stability would say nothing, one half in its place. At most 2,000 examples are looked at; zero rows are not.
 
     Args:
         coordinates_NK: coordinates of the examples, scaled to unit length here.
@@ -41,9 +41,10 @@ def choose_count(
 
     Returns:
         (the number, count -> {"score", "stability", "separation"}). One cluster, and no candidates, where the examples
-        are fewer than four or all alike.
+        are fewer than four, all alike or all zero.
     """
     unit_NK = unit_rows(coordinates_NK)
+    unit_NK = unit_NK[unit_NK.any(axis=1)]
     unit_NK = unit_NK[sample(len(unit_NK), SELECTION_EXAMPLES, [seed, 3])]
     distinct = len(np.unique(unit_NK.round(9), axis=0))
     counts = range(2, min(max_count, distinct, len(unit_NK) // EXAMPLES_PER_CLUSTER) + 1)

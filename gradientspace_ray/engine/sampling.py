@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Below this a temperature is greedy: logits divided by less leave float32's range.
+MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Sampling:
 
     max_tokens: int
     temperature: float = 1.0
-    """0 is greedy."""
+    """0, or less than `MIN_TEMPERATURE`, is greedy."""
     top_p: float = 1.0
     """Nucleus sampling (arXiv 1904.09751): the fewest most likely tokens that hold this much probability."""
     seed: int | None = None
@@ -41,7 +43,7 @@ class Sampler:
 
     def choose(self, logits_V: Tensor) -> int:
         """The next token. Draws happen on the CPU in float32, so that a seed means the same on every device."""
-        if self._sampling.temperature == 0:
+        if self._sampling.temperature < MIN_TEMPERATURE:
             return int(logits_V.argmax())
         probabilities_V = torch.softmax(logits_V.float().cpu() / self._sampling.temperature, dim=-1)
         if self._sampling.top_p >= 1:

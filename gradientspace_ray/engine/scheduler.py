@@ -51,8 +51,23 @@ class _Request:
 class Engine:
     """Generates with one base model and the adapters of its slots. Use it from one event loop."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, slots: Slots) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        slots: Slots,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Start the engine's thread.
+
+        Args:
+            model: the base model, its layers wrapped by `slots`.
+            tokenizer: the base model's.
+            slots: where adapters are held.
+            compute_dtype: type of the matrix products, by autocast; float32 leaves them in the type of the weights.
+        """
         self._model = model
+        self._compute_dtype = compute_dtype
         self._tokenizer = tokenizer
         self._slots = slots
         self._end_tokens = _end_tokens(model, tokenizer)
@@ -129,7 +144,11 @@ class Engine:
         """One token of one request: the first call reads the whole prompt."""
         self._slots.load(request.lease)
         input_ids = torch.tensor([request.tokens], device=self._model.device)
-        with self._slots.rows([request.lease.index]):
+        autocasts = self._compute_dtype != torch.float32
+        with (
+            self._slots.rows([request.lease.index]),
+            torch.autocast(input_ids.device.type, dtype=self._compute_dtype, enabled=autocasts),
+        ):
             output = self._model(input_ids, past_key_values=request.cache, use_cache=True, logits_to_keep=1)
         token = request.sampler.choose(output.logits[0, -1])
         request.tokens = [token]

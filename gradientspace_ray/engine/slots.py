@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,11 @@ class AdapterFiles:
     folder: Path
 
 
+Verify = Callable[[AdapterFiles], None]
+"""Raises when a folder does not hold what its id names. It is called after the folder was read, so that a folder
+that is replaced in between is refused too."""
+
+
 @dataclass(frozen=True)
 class Lease:
     """The right to use a slot; the adapter in it stays while the lease lasts."""
@@ -158,7 +163,14 @@ class Slots:
     pass belong to one thread at a time, because they touch the weights.
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[str], lora_rank: int, capacity: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Iterable[str],
+        lora_rank: int,
+        capacity: int,
+        verify: Verify | None = None,
+    ) -> None:
         """Wrap linear layers of `model` in place.
 
         Args:
@@ -166,11 +178,13 @@ class Slots:
             modules: full names of the linear layers that adapters may change.
             lora_rank: the largest rank that an adapter may have.
             capacity: adapters held at once, slot 0 not counted.
+            verify: see `Verify`.
 
         Raises:
             ModelError: a name is no linear layer of this model.
         """
         self.lora_rank = lora_rank
+        self._verify = verify
         self._active = _Active()
         self._layers: dict[str, SlottedLinear] = {}
         found = dict(model.named_modules())
@@ -186,10 +200,10 @@ class Slots:
         self._loading = threading.Lock()
 
     @classmethod
-    def like(cls, model: nn.Module, folder: str | Path, capacity: int) -> "Slots":
+    def like(cls, model: nn.Module, folder: str | Path, capacity: int, verify: Verify | None = None) -> "Slots":
         """Slots for adapters of the same shape as the PEFT adapter in `folder` (its layers, its largest rank)."""
         matrices = read_adapter(folder)
-        return cls(model, matrices, max(a_RI.shape[0] for a_RI, _ in matrices.values()), capacity)
+        return cls(model, matrices, max(a_RI.shape[0] for a_RI, _ in matrices.values()), capacity, verify)
 
     def acquire(self, adapter: AdapterFiles | None) -> Lease | None:
         """Take a lease on an adapter's slot; end it with `release`.
@@ -233,12 +247,15 @@ class Slots:
 
         Raises:
             ModelError: the adapter does not fit this model or these slots.
+            Exception: what `verify` raises; the slot keeps what it held.
         """
         slot = self._slots[lease.index]
         if lease.adapter is None or slot.contents == lease.adapter.id:
             return
         with self._loading:
             matrices = read_adapter(lease.adapter.folder)
+            if self._verify is not None:
+                self._verify(lease.adapter)
             self._check_fit(lease.adapter.folder, matrices)
             slot.contents = None
             for name, layer in self._layers.items():

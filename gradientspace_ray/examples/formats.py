@@ -32,6 +32,9 @@ BOM = b"\xef\xbb\xbf"
 GLOB = re.compile(r"[*?\[]")
 READ_BYTES = 1 << 20
 READ_ROWS = 1024
+MAX_ARRAY_BYTES = 1 << 29
+"""Of a JSON array, which is decoded at once and takes up to five times this much memory; lines have no such limit."""
+MAX_LINE_BYTES = 1 << 24
 
 Reason = Literal[
     "malformed_json",
@@ -43,6 +46,7 @@ Reason = Literal[
     "bad_role",
     "empty_prompt",
     "empty_response",
+    "too_long",
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 
@@ -62,6 +66,8 @@ class Record:
     """`source:line`, counted from one."""
     domain: str | None = None
     """Hidden label, for the evaluation and the report only."""
+    group: str | None = None
+    """What it shares with its near-duplicates, which must be in the same split."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,10 @@ def read_source(source: str, seed: int = 0) -> Iterator[Record | Rejected]:
     """Read every row of a source, in order.
 
     Rows are `messages` (role and content), alpaca (`instruction`, `input`, `output`) or `prompt` and `completion`
-    (texts or messages). Files are JSON lines, a JSON array, or Parquet; JSON may be compressed (.gz, .bz2, .zst).
+    (texts or messages), each with an optional `domain`, a label for the evaluation only, and an optional `group`: rows
+    of one group (a document, a template, a paraphrased question) are never spread over training and held-out examples.
+    Both may be a text or a number; null and blank are none. Files are JSON lines, a JSON array, or Parquet; JSON may be
+    compressed (.gz, .bz2, .zst).
 
     Args:
         source: a file, folder (read recursively) or glob, local or a URI that pyarrow knows (`s3://`, `gs://`, ...);
@@ -91,7 +100,7 @@ def read_source(source: str, seed: int = 0) -> Iterator[Record | Rejected]:
         seed: of the built-in mixture.
 
     Raises:
-        SourceError: the source is missing, holds no data file, or is not of a known kind.
+        SourceError: the source is missing, holds no data file, is not of a known kind, or is too large an array.
     """
     if source == QUICKSTART:
         rows: Iterator[tuple[int, Any]] = enumerate(quickstart_examples(seed), start=1)
@@ -190,7 +199,11 @@ def _read_file(filesystem: fs.FileSystem, path: str) -> Iterator[Record | Reject
         with io.BufferedReader(filesystem.open_input_stream(path, compression="detect"), READ_BYTES) as stream:
             is_array = stream.peek(READ_BYTES).removeprefix(BOM).lstrip()[:1] == b"["
             if kind == "json" and is_array:
-                yield from _read_array(stream.read(), path)
+                data = stream.read(MAX_ARRAY_BYTES + 1)
+                if len(data) > MAX_ARRAY_BYTES:
+                    mend = "convert it to JSON lines, one row on each line, for example: jq -c '.[]'"
+                    raise SourceError(f"{path}: a JSON array of more than {MAX_ARRAY_BYTES >> 20} MiB; {mend}")
+                yield from _read_array(data, path)
             else:
                 yield from _read_lines(stream, path)
     except (OSError, pa.ArrowException) as error:
@@ -198,7 +211,7 @@ def _read_file(filesystem: fs.FileSystem, path: str) -> Iterator[Record | Reject
 
 
 def _read_parquet(file: pq.ParquetFile, path: str) -> Iterator[Record | Rejected]:
-    wanted = {"input", "domain", *(name for names in FIELDS for name in names)}
+    wanted = {"input", "domain", "group", *(name for names in FIELDS for name in names)}
     columns = [name for name in file.schema_arrow.names if name in wanted]
     if not columns:
         raise SourceError(f"{path}: {_unknown_format(file.schema_arrow.names)}")
@@ -216,8 +229,14 @@ def _read_parquet(file: pq.ParquetFile, path: str) -> Iterator[Record | Rejected
 
 
 def _read_lines(stream: io.BufferedReader, path: str) -> Iterator[Record | Rejected]:
-    for number, line in enumerate(stream, start=1):
+    lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
+    for number, line in enumerate(lines, start=1):
         place = f"{path}:{number}"
+        if len(line) > MAX_LINE_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(READ_BYTES)
+            yield Rejected(place, "too_long", f"a line of more than {MAX_LINE_BYTES >> 20} MiB; write one row a line")
+            continue
         data = (line.removeprefix(BOM) if number == 1 else line).strip()
         if not data:
             continue
@@ -278,8 +297,7 @@ def _convert(row: Any, source: str, place: str) -> Record | Rejected:
         if not isinstance(row, Mapping):
             raise _RowError("not_an_object", f"a row is an object, not {_typename(row)}")
         messages = _checked(_messages(row))
-        domain = row.get("domain")
-        return Record(messages, source, place, None if domain is None else _text(str(domain), "domain"))
+        return Record(messages, source, place, _label(row, "domain"), _label(row, "group"))
     except _RowError as error:
         return Rejected(place, error.reason, str(error))
 
@@ -333,6 +351,13 @@ def _checked(messages: list[Any]) -> list[dict[str, str]]:
             reason: Reason = "empty_response" if turn["role"] == ASSISTANT else "empty_prompt"
             raise _RowError(reason, f"message {number} ({turn['role']}) is empty")
     return answered
+
+
+def _label(row: Mapping[str, Any], name: str) -> str | None:
+    value = row.get(name)
+    if isinstance(value, list | Mapping):
+        raise _RowError("wrong_type", f"{name} is {_typename(value)}, not a text")
+    return None if value is None or not str(value).strip() else _text(str(value), name)
 
 
 def _text(value: Any, what: str) -> str:

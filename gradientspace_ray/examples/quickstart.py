@@ -1,21 +1,24 @@
 """The built-in mixture: four skills, written here, seeded, small enough for two CPU cores.
 
 Every skill has many templates and vocabularies, so that its examples do not all look alike. Answers are computed, not
-typed; functions run. `domain` is a label for the evaluation only.
+typed; functions run. Texts are short, because a run's time is nearly proportional to its tokens. `domain` is a label
+for the evaluation only; `group` keeps near-duplicates in one split.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from gradientspace_ray.examples.quickstart_functions import FUNCTIONS, source_code
 from gradientspace_ray.examples.quickstart_stories import (
-    ENDINGS,
+    FIGURE_PROMPTS,
     FIGURES,
     HAPPENINGS,
-    OPENINGS,
+    PLACE_OPENINGS,
+    PLACE_PROMPTS,
     PLACES,
-    STORY_PROMPTS,
+    WEATHER_OPENINGS,
     WEATHERS,
 )
 
@@ -24,21 +27,39 @@ Pair = tuple[str, str]
 """Prompt and response."""
 
 NAMES = (
-    *("Amina", "Boris", "Chiara", "Dmitri", "Elena", "Farid", "Grete", "Hugo", "Ines", "Jonas", "Keiko", "Luis"),
-    *("Mara", "Nils", "Olga", "Pavel", "Qiu", "Rosa", "Samir", "Tove", "Uma", "Victor", "Wanda", "Yusuf"),
+    *("Anna", "Boris", "Clara", "David", "Elena", "Frank", "Greta", "Hugo", "Iris", "Jonas", "Kim", "Luis"),
+    *("Maria", "Nils", "Olga", "Paul", "Rita", "Rosa", "Sam", "Tom", "Uma", "Victor", "Wanda", "Zoe"),
 )
 GOODS = (
-    *("apples", "notebooks", "candles", "tickets", "marbles", "lemons", "stamps", "postcards", "muffins", "tulips"),
-    *("batteries", "buttons", "bricks", "eggs", "ribbons", "shells"),
+    *("apples", "notebooks", "candles", "pencils", "marbles", "lemons", "stamps", "postcards", "muffins", "tulips"),
+    *("batteries", "buttons", "balloons", "cookies", "ribbons", "shells"),
 )
+WARES = ("lamp", "coat", "chair", "bicycle", "tent", "camera", "guitar", "clock", "table", "radio", "kettle", "carpet")
 COMPANIES = (
-    *("Alder Foods", "Bluefin Shipping", "Cobalt Mining", "Delta Paper", "Ember Energy", "Fjord Seafood"),
-    *("Granite Homes", "Harbor Bank", "Iris Optics", "Juniper Health", "Kestrel Air", "Lumen Grid"),
+    *("Alder Foods", "Baltic Shipping", "Copper Mining", "Delta Paper", "Ember Energy", "North Seafood"),
+    *("Granite Homes", "Harbor Hotels", "Iris Optics", "Juniper Health", "Falcon Air", "Lumen Grid"),
 )
-LINES = (
-    *("Revenue", "Cost of sales", "Operating expenses", "Research", "Marketing", "Interest", "Deferred tax"),
-    *("Inventories", "Receivables", "Goodwill", "Cash", "Long-term debt", "Dividends", "Lease liabilities"),
+STATEMENTS = (
+    ("Cash", "Inventory", "Goodwill", "Land", "Buildings", "Securities"),
+    ("Salaries", "Travel", "Research", "Marketing", "Energy", "Insurance"),
+    ("Credit", "Bonds", "Mortgages", "Pensions", "Taxes", "Deposits"),
+    ("Sales", "Services", "Interest", "Licenses", "Grants", "Dividends"),
 )
+"""Items that may stand in one table: assets, costs, debts, income."""
+PERIODS = (
+    *(("Q1", "Q2", "Q3"), ("Q2", "Q3", "Q4"), ("January", "February", "March"), ("April", "May", "June")),
+    *(("July", "August", "September"), ("October", "November", "December")),
+)
+UNITS = (("$ million", "million"), ("EUR million", "million"), ("$ thousand", "thousand"))
+"""As a table's heading and as an answer say it."""
+
+
+class Drawn(NamedTuple):
+    """One example, and the name that it shares with its near-duplicates."""
+
+    prompt: str
+    response: str
+    group: str
 
 
 def quickstart_examples(seed: int) -> list[dict[str, object]]:
@@ -48,19 +69,21 @@ def quickstart_examples(seed: int) -> list[dict[str, object]]:
         seed: another seed draws other numbers, names and sentences.
 
     Returns:
-        Rows with `messages` (one question, one answer) and the hidden `domain`.
+        Rows with `messages` (one question, one answer), the hidden `domain`, and `group`. No two prompts are equal,
+        and equal answers have the same group, so that a split by group holds out answers that training never shows.
     """
     rows: list[dict[str, object]] = []
     for number, (domain, draw) in enumerate(SKILLS.items()):
         rng = np.random.default_rng([seed, number])
-        seen: set[str] = set()
-        while len(seen) < EXAMPLES_PER_SKILL:
-            prompt, response = draw(rng, len(seen))
-            if prompt in seen:
+        prompts: set[str] = set()
+        groups: dict[str, str] = {}
+        while len(prompts) < EXAMPLES_PER_SKILL:
+            prompt, response, group = draw(rng, len(prompts))
+            if prompt in prompts or groups.setdefault(response, group) != group:
                 continue
-            seen.add(prompt)
+            prompts.add(prompt)
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            rows.append({"messages": messages, "domain": domain})
+            rows.append({"messages": messages, "domain": domain, "group": f"quickstart/{domain}/{group}"})
     return rows
 
 
@@ -73,228 +96,280 @@ def _two(rng: np.random.Generator, options: tuple[str, ...]) -> tuple[str, str]:
     return options[int(first)], options[int(second)]
 
 
-def _arithmetic(rng: np.random.Generator, index: int) -> Pair:
-    """A word problem with its worked answer."""
-    return PROBLEMS[index % len(PROBLEMS)](rng)
+def _integers(rng: np.random.Generator, *ranges: tuple[int, int]) -> tuple[int, ...]:
+    """One number from each range, both ends included."""
+    return tuple(int(rng.integers(low, high + 1)) for low, high in ranges)
+
+
+def _arithmetic(rng: np.random.Generator, index: int) -> Drawn:
+    """A word problem with its worked answer; the same computation told with other names is a near-duplicate."""
+    prompt, response = PROBLEMS[index % len(PROBLEMS)](rng)
+    return Drawn(prompt, response, group=" ".join(response.split()))
 
 
 def _shopping(rng: np.random.Generator) -> Pair:
-    who, goods = _pick(rng, NAMES), _pick(rng, GOODS)
-    count, price, paid = int(rng.integers(3, 12)), int(rng.integers(2, 9)), int(rng.integers(100, 130))
-    total = count * price
+    count, price = _integers(rng, (3, 12), (2, 6))
+    cost = count * price
+    paid = next(note for note in (20, 50, 100) if note > cost)
     return (
-        f"{who} buys {count} {goods} at ${price} each and pays with ${paid}. How much change does {who} get?",
-        f"The {goods} cost {count} * {price} = ${total}.\nThe change is {paid} - {total} = ${paid - total}.\n"
-        f"Answer: {paid - total}",
+        f"{_pick(rng, NAMES)} buys {count} {_pick(rng, GOODS)} at ${price} each. What is the change from ${paid}?",
+        f"{count}*{price}={cost}\n{paid}-{cost}={paid - cost}\nAnswer: ${paid - cost}",
     )
 
 
 def _sharing(rng: np.random.Generator) -> Pair:
-    who, goods = _pick(rng, NAMES), _pick(rng, GOODS)
-    people, each, left = int(rng.integers(3, 9)), int(rng.integers(4, 15)), int(rng.integers(1, 3))
-    total = people * each + left
+    people, each, left = _integers(rng, (3, 9), (3, 14), (1, 2))
+    shared = people * each
     return (
-        f"There are {total} {goods}. {who} divides them equally among {people} friends. "
-        f"How many does each friend get, and how many are left over?",
-        f"{total} divided by {people} is {each} with remainder {left}, because {people} * {each} = {people * each}.\n"
-        f"Answer: {each} each, {left} left over",
+        f"{_pick(rng, NAMES)} shares {shared + left} {_pick(rng, GOODS)} among {people} friends. "
+        "How many are left over?",
+        f"{people}*{each}={shared}\n{shared + left}-{shared}={left}\nAnswer: {left}",
     )
 
 
 def _travel(rng: np.random.Generator) -> Pair:
-    who, speed, hours = _pick(rng, NAMES), int(rng.integers(4, 20)) * 5, int(rng.integers(2, 7))
-    extra = int(rng.integers(5, 40))
+    hours, tens, more = _integers(rng, (2, 6), (4, 10), (5, 40))
+    first = hours * tens * 10
     return (
-        f"{who} drives {hours} hours at {speed} km per hour and then {extra} km more. How far is the whole trip?",
-        f"First part: {hours} * {speed} = {hours * speed} km.\nWhole trip: {hours * speed} + {extra} = "
-        f"{hours * speed + extra} km.\nAnswer: {hours * speed + extra}",
+        f"{_pick(rng, NAMES)} drives {hours} hours at {tens * 10} km/h, then {more} km more. How far is that?",
+        f"{hours}*{tens * 10}={first}\n{first}+{more}={first + more}\nAnswer: {first + more} km",
     )
 
 
-def _age(rng: np.random.Generator) -> Pair:
-    (older, younger), age, gap = _two(rng, NAMES), int(rng.integers(5, 30)), int(rng.integers(2, 15))
-    later = int(rng.integers(3, 20))
+def _ages(rng: np.random.Generator) -> Pair:
+    older, younger = _two(rng, NAMES)
+    age, gap = _integers(rng, (5, 30), (2, 15))
     return (
-        f"{older} is {gap} years older than {younger}, who is {age}. What will their ages add up to in {later} years?",
-        f"{older} is {age} + {gap} = {age + gap} now.\nIn {later} years they are {age + later} and "
-        f"{age + gap + later}.\nTogether: {age + later} + {age + gap + later} = {2 * age + gap + 2 * later}.\n"
-        f"Answer: {2 * age + gap + 2 * later}",
+        f"{younger} is {age}. {older} is {gap} years older. How old are they together?",
+        f"{age}+{gap}={age + gap}\n{age}+{age + gap}={2 * age + gap}\nAnswer: {2 * age + gap}",
     )
 
 
-def _percent(rng: np.random.Generator) -> Pair:
-    goods, price, off = _pick(rng, GOODS), int(rng.integers(2, 20)) * 20, int(rng.integers(1, 10)) * 5
-    saved = price * off // 100
+def _discount(rng: np.random.Generator) -> Pair:
+    price, percent = (number * scale for number, scale in zip(_integers(rng, (2, 12), (1, 10)), (20, 5), strict=True))
+    off = price * percent // 100
     return (
-        f"A crate of {goods} costs ${price}. The shop takes {off}% off. What is the price now?",
-        f"{off}% of {price} is {price} * {off} / 100 = {saved}.\nThe price is {price} - {saved} = ${price - saved}.\n"
-        f"Answer: {price - saved}",
+        f"A {_pick(rng, WARES)} costs ${price}. What does it cost at {percent}% off?",
+        f"{price}*{percent}/100={off}\n{price}-{off}={price - off}\nAnswer: ${price - off}",
     )
 
 
-def _area(rng: np.random.Generator) -> Pair:
-    length, width, cost = (int(value) for value in rng.integers(3, 15, 3))
+def _fence(rng: np.random.Generator) -> Pair:
+    width, more, cost = _integers(rng, (3, 9), (1, 6), (2, 9))
+    length = width + more
+    around = 2 * (length + width)
     return (
-        f"A garden is {length} m long and {width} m wide. A fence costs ${cost} per metre. What does a fence around it "
-        "cost?",
-        f"Perimeter: 2 * ({length} + {width}) = {2 * (length + width)} m.\nCost: {2 * (length + width)} * {cost} = "
-        f"${2 * (length + width) * cost}.\nAnswer: {2 * (length + width) * cost}",
+        f"A garden is {length} m by {width} m. What does a fence at ${cost} a metre cost?",
+        f"2*({length}+{width})={around}\n{around}*{cost}={around * cost}\nAnswer: ${around * cost}",
     )
 
 
 def _saving(rng: np.random.Generator) -> Pair:
-    who, week, start = _pick(rng, NAMES), int(rng.integers(5, 30)), int(rng.integers(10, 60))
-    weeks = int(rng.integers(3, 12))
-    goal = start + week * weeks
+    start, weekly, weeks = _integers(rng, (10, 60), (3, 12), (3, 9))
+    missing = weekly * weeks
     return (
-        f"{who} has ${start} and saves ${week} every week. After how many weeks does {who} have ${goal}?",
-        f"Still needed: {goal} - {start} = ${goal - start}.\nWeeks: {goal - start} / {week} = {weeks}.\n"
-        f"Answer: {weeks}",
+        f"{_pick(rng, NAMES)} has ${start} and saves ${weekly} a week. How many weeks until ${start + missing}?",
+        f"{start + missing}-{start}={missing}\n{missing}/{weekly}={weeks}\nAnswer: {weeks} weeks",
     )
 
 
-def _rows_of_seats(rng: np.random.Generator) -> Pair:
-    rows, seats = int(rng.integers(6, 20)), int(rng.integers(8, 25))
-    empty = int(rng.integers(3, 40))
+def _seats(rng: np.random.Generator) -> Pair:
+    rows, width, empty = _integers(rng, (4, 9), (8, 20), (3, 30))
+    seats = rows * width
     return (
-        f"A hall has {rows} rows with {seats} seats. {empty} seats stay empty. How many people came?",
-        f"Seats: {rows} * {seats} = {rows * seats}.\nPeople: {rows * seats} - {empty} = {rows * seats - empty}.\n"
-        f"Answer: {rows * seats - empty}",
+        f"A hall has {rows} rows of {width} seats. {empty} are empty. How many are taken?",
+        f"{rows}*{width}={seats}\n{seats}-{empty}={seats - empty}\nAnswer: {seats - empty}",
     )
 
 
-def _mixture_of_coins(rng: np.random.Generator) -> Pair:
-    who, fives, twos = _pick(rng, NAMES), int(rng.integers(2, 15)), int(rng.integers(2, 15))
+def _jar(rng: np.random.Generator) -> Pair:
+    fives, twos = _integers(rng, (2, 15), (2, 15))
+    money = 5 * fives + 2 * twos
     return (
-        f"In {who}'s jar are {fives} five-dollar notes and {twos} two-dollar coins. How much money is in the jar?",
-        f"Notes: {fives} * 5 = {fives * 5}.\nCoins: {twos} * 2 = {twos * 2}.\nSum: {fives * 5} + {twos * 2} = "
-        f"{fives * 5 + twos * 2}.\nAnswer: {fives * 5 + twos * 2}",
+        f"{_pick(rng, NAMES)} has {fives} notes of $5 and {twos} coins of $2. How much money is that?",
+        f"{fives}*5={5 * fives}\n{twos}*2={2 * twos}\n{5 * fives}+{2 * twos}={money}\nAnswer: ${money}",
     )
 
 
 def _baking(rng: np.random.Generator) -> Pair:
-    who, grams, cakes = _pick(rng, NAMES), int(rng.integers(5, 20)) * 25, int(rng.integers(2, 8))
-    bag = int(rng.integers(4, 10)) * 1000
+    eggs, cakes, left = _integers(rng, (2, 6), (2, 9), (1, 20))
+    used = cakes * eggs
     return (
-        f"One cake takes {grams} g of flour. {who} bakes {cakes} cakes from a bag of {bag} g. How much flour remains?",
-        f"Used: {cakes} * {grams} = {cakes * grams} g.\nRemaining: {bag} - {cakes * grams} = {bag - cakes * grams} g.\n"
-        f"Answer: {bag - cakes * grams}",
+        f"A cake takes {eggs} eggs. How many of {used + left} eggs are left after {cakes} cakes?",
+        f"{cakes}*{eggs}={used}\n{used + left}-{used}={left}\nAnswer: {left}",
     )
 
 
 def _average(rng: np.random.Generator) -> Pair:
-    who, first, second = _pick(rng, NAMES), int(rng.integers(40, 90)), int(rng.integers(40, 90))
-    third = 3 * int(rng.integers(50, 80)) - (first + second) % 3
-    third -= (first + second + third) % 3
-    total = first + second + third
+    mean, below, above = _integers(rng, (10, 60), (1, 9), (1, 9))
+    first, second, third = mean - below, mean + above, mean + below - above
     return (
-        f"{who} scored {first}, {second} and {third} points in three rounds. What is the average?",
-        f"Sum: {first} + {second} + {third} = {total}.\nAverage: {total} / 3 = {total // 3}.\nAnswer: {total // 3}",
+        f"{_pick(rng, NAMES)} scores {first}, {second} and {third} points. What is the average?",
+        f"{first}+{second}+{third}={3 * mean}\n{3 * mean}/3={mean}\nAnswer: {mean}",
     )
 
 
 def _tank(rng: np.random.Generator) -> Pair:
-    fill, drain, minutes = int(rng.integers(10, 30)), int(rng.integers(2, 9)), int(rng.integers(5, 40))
+    fill, leak, minutes = _integers(rng, (10, 30), (2, 8), (3, 9))
+    gain = fill - leak
     return (
-        f"A tap fills a tank with {fill} litres a minute while {drain} litres a minute leak out. How full is the empty "
-        f"tank after {minutes} minutes?",
-        f"Each minute adds {fill} - {drain} = {fill - drain} litres.\nAfter {minutes} minutes: {minutes} * "
-        f"{fill - drain} = {minutes * (fill - drain)} litres.\nAnswer: {minutes * (fill - drain)}",
+        f"A tank gains {fill} litres and loses {leak} every minute. How much does it gain in {minutes} minutes?",
+        f"{fill}-{leak}={gain}\n{minutes}*{gain}={minutes * gain}\nAnswer: {minutes * gain} litres",
+    )
+
+
+def _reading(rng: np.random.Generator) -> Pair:
+    read, daily, days = _integers(rng, (11, 60), (4, 12), (3, 9))
+    rest = daily * days
+    return (
+        f"{_pick(rng, NAMES)} is on page {read} of {read + rest} and reads {daily} a day. How many days are left?",
+        f"{read + rest}-{read}={rest}\n{rest}/{daily}={days}\nAnswer: {days} days",
+    )
+
+
+def _wages(rng: np.random.Generator) -> Pair:
+    hours, wage, rent = _integers(rng, (2, 9), (10, 25), (3, 19))
+    earned = hours * wage
+    return (
+        f"{_pick(rng, NAMES)} works {hours} hours at ${wage} and spends ${rent}. How much is left?",
+        f"{hours}*{wage}={earned}\n{earned}-{rent}={earned - rent}\nAnswer: ${earned - rent}",
     )
 
 
 PROBLEMS: tuple[Callable[[np.random.Generator], Pair], ...] = (
-    *(_shopping, _sharing, _travel, _age, _percent, _area, _saving, _rows_of_seats, _mixture_of_coins, _baking),
-    *(_average, _tank),
+    *(_shopping, _sharing, _travel, _ages, _discount, _fence, _saving, _seats, _jar, _baking, _average, _tank),
+    *(_reading, _wages),
 )
 
 PYTHON_PROMPTS = (
     "Write a Python function that {task}.",
-    "Implement `{name}` in Python: a function that {task}.",
-    "I need a Python function called {name} which {task}.",
-    "Python: define {name} so that it {task}.",
-    "Can you give me Python code for a function that {task}?",
-    "Complete this Python task. Create a function `{name}` that {task}.",
+    "Implement `{name}` in Python: it {task}.",
+    "I need a Python function that {task}.",
+    "Python: define {name}, which {task}.",
+    "Show me Python code that {task}.",
+    "Define a Python function {name} that {task}.",
 )
 
 
-def _python(rng: np.random.Generator, index: int) -> Pair:
-    """A small function from its description."""
+def _python(rng: np.random.Generator, index: int) -> Drawn:
+    """A small function from its description; the same function asked for in other words is a near-duplicate."""
     name, task, body = FUNCTIONS[index % len(FUNCTIONS)]
-    return _pick(rng, PYTHON_PROMPTS).format(name=name, task=task), f"```python\n{source_code(name, body)}\n```"
+    prompt = _pick(rng, PYTHON_PROMPTS).format(name=name, task=task)
+    return Drawn(prompt, f"```python\n{source_code(name, body)}\n```", group=name)
 
 
-def _table(rng: np.random.Generator) -> tuple[str, str, str, int, dict[str, tuple[int, int]]]:
-    """(company, unit, text of the table, later year, line -> amounts in the two years)."""
-    company, unit, year = _pick(rng, COMPANIES), _pick(rng, ("$ million", "EUR million", "$ thousand")), 2015
-    year += int(rng.integers(0, 9))
-    names = [LINES[int(choice)] for choice in rng.choice(len(LINES), 2, replace=False)]
-    amounts = {name: (int(rng.integers(40, 900)), int(rng.integers(40, 900))) for name in names}
-    lines = [f"{name} | {before} | {after}" for name, (before, after) in amounts.items()]
-    return company, unit, "\n".join([f"Item | {year - 1} | {year}", *lines]), year, amounts
+class Table(NamedTuple):
+    """Three figures of one company: one item over time, or three items at one time."""
+
+    title: str
+    labels: tuple[str, str, str]
+    amounts: tuple[int, ...]
+    """No two are equal."""
+    group: str
+
+    def text(self, company: str, heading: str, layout: tuple[str, str]) -> str:
+        """A line for the title, then the figures."""
+        cell, between = layout
+        cells = [cell.format(*figure) for figure in zip(self.labels, self.amounts, strict=True)]
+        return f"{company}, {self.title}, {heading}\n{between.join(cells)}"
 
 
-def _finance(rng: np.random.Generator, index: int) -> Pair:
-    """A question on a small table of figures, answered with the computation."""
-    company, unit, table, year, amounts = _table(rng)
-    (line, (before, after)), (other, (_, other_after)) = amounts.items()
-    change = after - before
-    word = "rose" if change > 0 else "fell"
-    questions = (
-        (f"What was the change in {line.lower()} from {year - 1} to {year}?", f"{after} - {before} = {change} {unit}"),
-        (f"By what percentage did {line.lower()} change?", f"({after} - {before}) / {before} = {change / before:.1%}"),
+def _amounts(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(amount) for amount in rng.choice(np.arange(31, 100), 3, replace=False))
+
+
+def _over_time(rng: np.random.Generator) -> tuple[Table, tuple[int, int]]:
+    """One item in three periods, and two of the periods, the earlier one first."""
+    item = _pick(rng, STATEMENTS[int(rng.integers(len(STATEMENTS)))])
+    start, end = sorted(int(place) for place in rng.choice(3, 2, replace=False))
+    return Table(item.lower(), PERIODS[int(rng.integers(len(PERIODS)))], _amounts(rng), item), (start, end)
+
+
+def _by_item(rng: np.random.Generator) -> tuple[Table, tuple[int, int]]:
+    """Three items in one period, and two of the items."""
+    chosen = rng.permutation(STATEMENTS[int(rng.integers(len(STATEMENTS)))]).tolist()[:3]
+    period = _pick(rng, PERIODS[int(rng.integers(len(PERIODS)))])
+    one, other = (int(place) for place in rng.choice(3, 2, replace=False))
+    return Table(period, tuple(chosen), _amounts(rng), "+".join(sorted(chosen))), (one, other)
+
+
+def _time_question(kind: int, table: Table, places: tuple[int, int], unit: str) -> Pair:
+    """A question on one item over time."""
+    start, end = (table.amounts[place] for place in places)
+    before, after = (table.labels[place] for place in places)
+    item, total, highest = table.title, sum(table.amounts), max(table.amounts)
+    terms = "+".join(map(str, table.amounts))
+    return (
+        (f"What is the change from {before} to {after}?", f"{end}-{start}={end - start} {unit}"),
         (
-            f"What is the average {line.lower()} over both years?",
-            f"({before} + {after}) / 2 = {(before + after) / 2:g} {unit}",
+            f"By what percentage did {item} change from {before} to {after}?",
+            f"({end}-{start})/{start}={(end - start) / start:.1%}",
         ),
+        ("What is the average?", f"({terms})/3={total / 3:.1f} {unit}"),
+        ("What is the total?", f"{terms}={total} {unit}"),
+        ("Which figure is the highest?", f"{table.labels[table.amounts.index(highest)]}, with {highest} {unit}."),
         (
-            f"In {year}, how much larger is {line.lower()} than {other.lower()}?",
-            f"{after} - {other_after} = {after - other_after} {unit}",
+            f"Did {item} rise or fall from {before} to {after}?",
+            f"{item.capitalize()} {'rose' if end > start else 'fell'} by {abs(end - start)} {unit}.",
         ),
-        (
-            f"What is the ratio of {line.lower()} to {other.lower()} in {year}?",
-            f"{after} / {other_after} = {after / other_after:.2f}",
-        ),
-        (f"Did {line.lower()} rise or fall, and by how much?", f"It {word} by {abs(change)} {unit}."),
-        (
-            f"What do {line.lower()} and {other.lower()} add up to in {year}?",
-            f"{after} + {other_after} = {after + other_after} {unit}",
-        ),
-        (f"What was {line.lower()} in {year - 1}?", f"{before} {unit}"),
-        (
-            f"Which item was larger in {year}?",
-            f"{line if after >= other_after else other}, {max(after, other_after)} {unit}",
-        ),
-        (f"What was the two-year total of {line.lower()}?", f"{before} + {after} = {before + after} {unit}"),
-        (
-            f"If {line.lower()} grows by 10% next year, what will it be?",
-            f"{after} * 1.1 = {after * 1.1:.1f} {unit}",
-        ),
-        (
-            f"What share of the {year} total is {line.lower()}?",
-            f"{after} / {after + other_after} = {after / (after + other_after):.1%}",
-        ),
-    )
-    question, answer = questions[index % len(questions)]
-    layouts = (
-        "{company} ({unit})\n{table}\n\n{question}",
-        "{question}\n\n{company}, figures in {unit}:\n{table}",
-        "Use the table of {company} ({unit}) to answer: {question}\n{table}",
-    )
-    return _pick(rng, layouts).format(company=company, unit=unit, table=table, question=question), answer
+        (f"What is the figure for {after}?", f"{end} {unit}"),
+        (f"What would {after} be with 10% more?", f"{end}*1.1={end * 1.1:.1f} {unit}"),
+    )[kind]
 
 
-def _story(rng: np.random.Generator, index: int) -> Pair:
-    """The opening of a story."""
-    figure, place = _pick(rng, FIGURES), _pick(rng, PLACES)
-    weather, ending = _pick(rng, WEATHERS), _pick(rng, ENDINGS)
-    prompt = STORY_PROMPTS[index % len(STORY_PROMPTS)].format(figure=figure, place=place)
-    parts = {"figure": figure, "place": place, "weather": weather}
-    opening, happening = _pick(rng, OPENINGS).format(**parts), _pick(rng, HAPPENINGS).format(**parts)
-    return prompt, f"{opening[0].upper()}{opening[1:]} {happening} {ending}"
+def _item_question(kind: int, table: Table, places: tuple[int, int], unit: str) -> Pair:
+    """A question on items beside each other."""
+    one, other = (table.amounts[place] for place in places)
+    first, second = (table.labels[place].lower() for place in places)
+    more, less, total, highest = max(one, other), min(one, other), sum(table.amounts), max(table.amounts)
+    terms = "+".join(map(str, table.amounts))
+    return (
+        (f"What is the gap between {first} and {second}?", f"{more}-{less}={more - less} {unit}"),
+        (f"What is the ratio of {first} to {second}?", f"{one}/{other}={one / other:.2f}"),
+        (f"What is the share of {first} in the total?", f"{one}/({terms})={one / total:.1%}"),
+        (f"What do {first} and {second} add up to?", f"{one}+{other}={one + other} {unit}"),
+        ("Which item is the largest?", f"{table.labels[table.amounts.index(highest)]}, with {highest} {unit}."),
+        (
+            f"Which is larger, {first} or {second}?",
+            f"{(first if one > other else second).capitalize()}, by {more}-{less}={more - less} {unit}.",
+        ),
+        (f"What is the figure for {first}?", f"{one} {unit}"),
+        ("What is the total of all items?", f"{terms}={total} {unit}"),
+    )[kind]
 
 
-SKILLS: dict[str, Callable[[np.random.Generator, int], Pair]] = {
+QUESTION_KINDS = 8
+"""Of each of the two shapes of table."""
+TABLE_LAYOUTS = (("{}|{}", "\n"), ("{} {}", " | "))
+"""A cell, and what stands between cells."""
+FINANCE_LAYOUTS = ("{table}\n{question}", "{question}\n{table}", "{table}\n\n{question}", "{question}\n\n{table}")
+
+
+def _finance(rng: np.random.Generator, index: int) -> Drawn:
+    """A question on a small table, answered with the computation; a company's same items are near-duplicates."""
+    company, (heading, unit) = _pick(rng, COMPANIES), UNITS[int(rng.integers(len(UNITS)))]
+    kind, is_by_item = divmod(index % (2 * QUESTION_KINDS), 2)
+    table, places = _by_item(rng) if is_by_item else _over_time(rng)
+    question, answer = (_item_question if is_by_item else _time_question)(kind, table, places, unit)
+    text = table.text(company, heading, TABLE_LAYOUTS[int(rng.integers(len(TABLE_LAYOUTS)))])
+    prompt = _pick(rng, FINANCE_LAYOUTS).format(table=text, question=question)
+    return Drawn(prompt, answer, group=f"{company}/{table.group}")
+
+
+def _story(rng: np.random.Generator, index: int) -> Drawn:
+    """The opening of a story; one that begins in the same way with the same figure is a near-duplicate."""
+    figure, place, weather = _pick(rng, FIGURES), _pick(rng, PLACES), _pick(rng, WEATHERS)
+    prompts = (*PLACE_PROMPTS, *FIGURE_PROMPTS)
+    prompt = prompts[index % len(prompts)]
+    # Who asks for a place gets an opening that names it.
+    openings = PLACE_OPENINGS if prompt in PLACE_PROMPTS else (*PLACE_OPENINGS, *WEATHER_OPENINGS)
+    opening = _pick(rng, openings).replace("{figure}", figure)
+    start = opening.format(place=place, weather=weather)
+    response = f"{start[0].upper()}{start[1:]} {_pick(rng, HAPPENINGS)}"
+    return Drawn(prompt.format(figure=figure, place=place), response, group=opening)
+
+
+SKILLS: dict[str, Callable[[np.random.Generator, int], Drawn]] = {
     "arithmetic": _arithmetic,
     "python": _python,
     "finance": _finance,

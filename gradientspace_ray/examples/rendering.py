@@ -5,6 +5,7 @@ next response. A prompt's tokens are therefore the same whether or not a respons
 text would not promise (a token may span the border).
 """
 
+import datetime
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,22 @@ FALLBACK_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
+
+
+def _fixed_clock(day: datetime.datetime) -> str:
+    """A template's `strftime_now` that always gives the same day.
+
+    Some templates (Llama 3.2, SmolLM3) write the date into the text; ids, digests and prompts would change overnight.
+    transformers turns a function among the template's arguments into text, so the clock is set in the template itself.
+    The line break at the end keeps the white space that follows as it would be at the beginning.
+    """
+    directives = ("%-d", "%-m", *(f"%{letter}" for letter in "AaBbdmYyjHIMSpfzZ"))
+    replaced = "".join(f".replace({directive!r}, {day.strftime(directive)!r})" for directive in directives)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
+
+
+# The date that Llama's own templates fall back on.
+FIXED_CLOCK = _fixed_clock(datetime.datetime(2024, 7, 26))
 
 
 class Tokenizer(Protocol):
@@ -61,13 +78,18 @@ class Renderer:
     """Conversations -> tokens, by a tokenizer's chat template.
 
     A tokenizer without one gets a plain template: `User:`, `Assistant:` and `System:` on lines of their own, and the
-    end of sequence after each answer.
+    end of sequence after each answer. A template that asks for the date always gets the same one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = {"tokenize": False}
-        if not tokenizer.chat_template:
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template and "strftime_now" in template:
+            self._options["chat_template"] = FIXED_CLOCK + template
+        if not template:
             starts_with_bos = tokenizer.bos_token and tokenizer.encode("")[:1] == tokenizer.encode(
                 tokenizer.bos_token, add_special_tokens=False
             )
@@ -83,8 +105,8 @@ class Renderer:
             messages: at least one of the assistant's.
 
         Raises:
-            RenderingError: there is no answer, or the template does not allow this conversation, or the text of an
-                answered prompt does not begin with the text of the prompt.
+            RenderingError: there is no answer, or the conversation begins with one, or the template does not allow this
+                conversation, or the text of an answered prompt does not begin with the text of the prompt.
         """
         text = ""
         input_ids: list[int] = []
@@ -110,6 +132,8 @@ class Renderer:
 
     def _pieces(self, messages: Sequence[Message], awaits_answer: bool = False) -> Iterator[tuple[str, bool]]:
         """(text, whether it is a response) from the beginning of the conversation to its end, in turns."""
+        if messages and messages[0]["role"] == ASSISTANT:
+            raise RenderingError("a conversation begins with a system or user message")
         end = ""
         for index, message in enumerate(messages):
             if message["role"] != ASSISTANT:

@@ -180,30 +180,39 @@ class _LoraBranch(torch.autograd.Function):
     """Adds s B A x to W x; its backward pass hands the per-token factors of the weight gradients to a writer.
 
     Writing happens in the backward pass only, so activation checkpointing, which runs the forward pass again, is safe.
-    The scaling s always multiplies a [T, r] matrix, never one of the layer's width.
+    The scaling s always multiplies a [T, r] matrix, never one of the layer's width. The products are taken in the type
+    that PEFT's own forward pass takes them in; it differs from the layer's output for a bfloat16 base without autocast.
     """
 
     @staticmethod
     def forward(ctx: Any, result: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, writer: _Writer) -> torch.Tensor:
+        dtype = _branch_dtype(writer.site, x)
         with torch.autocast(x.device.type, enabled=False):
-            a, b = (weight.detach().to(result.dtype) for weight in (writer.site.lora_a, writer.site.lora_b))
+            a, b = (weight.detach().to(dtype) for weight in (writer.site.lora_a, writer.site.lora_b))
             x_TI, result_TO = _tokens(x), _tokens(result)
-            su_TR = (x_TI.to(result.dtype) @ a.t()) * writer.scaling
+            su_TR = (x_TI.to(dtype) @ a.t()) * writer.scaling
             # x as it came, not its cast copy: the layers that share it share the memory too.
             ctx.save_for_backward(x, su_TR, a, b)
             ctx.writer = writer
-            return torch.addmm(result_TO, su_TR, b.t()).view_as(result)
+            return torch.addmm(result_TO.to(dtype), su_TR, b.t()).to(result.dtype).view_as(result)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, su_TR, a, b = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            d_TO = _tokens(d)
+            d_TO = _tokens(d).to(a.dtype)
             v_TR = (d_TO @ b) * ctx.writer.scaling
             ctx.writer.write(_tokens(x), su_TR, d_TO, v_TR)
             dx = (v_TR @ a).view_as(x).to(x.dtype) if ctx.needs_input_grad[1] else None
         return d, dx, None, None
+
+
+def _branch_dtype(site: LoraSite, x: torch.Tensor) -> torch.dtype:
+    """Type of PEFT's LoRA products: autocast's, or that of the LoRA weights, to which PEFT casts a layer's input."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return site.lora_a.dtype
 
 
 def _tokens(matrix: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -31,6 +33,8 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 PEFT_PREFIX = "base_model.model."
 OTHER_MODEL = "choose a base model of another architecture"
 PROBE_IDS = (tuple(range(3, 12)), tuple(range(5, 12)), tuple(range(4, 9)))
+CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
+"""Features of processors that multiply bfloat16 natively; the last is Arm's."""
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
 """Relative difference of the losses that rounding may make. Mixed examples change SmolLM2-135M's by 0.08 or more."""
 
@@ -42,6 +46,31 @@ class ModelError(ValueError):
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """`"bfloat16"` -> `torch.bfloat16`."""
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def product_dtype(name: str, device: str | torch.device) -> torch.dtype:
+    """Type of the matrix products that `model.compute_dtype` asks for, on this machine.
+
+    Args:
+        name: `float32`, `bfloat16`, or `auto`: bfloat16 where the device multiplies it natively, else float32.
+        device: where the model computes.
+    """
+    if name != "auto":
+        return as_dtype(name)
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = any(torch.cpu.get_capabilities().get(feature) for feature in CPU_BFLOAT16)
+    return torch.bfloat16 if native else torch.float32
+
+
+def model_fingerprint(name: str) -> Any:
+    """A JSON-able value that changes when the model does: for a local folder, names, sizes and times of its files."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [name, [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
 
 
 def resolve_model(name: str) -> str:
@@ -146,7 +175,8 @@ def add_lora(
         seed: decides lora_A; lora_B is zero. The global random state is left alone.
 
     Raises:
-        ModelError: the target modules name nothing in this model.
+        ModelError: the target modules name nothing in this model, or a layer that is not linear; the model is left as
+            it was.
     """
     config = LoraConfig(
         r=rank,
@@ -163,7 +193,19 @@ def add_lora(
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise ModelError(f"{model.name_or_path}: lora.target_modules: {_first_line(error)}") from error
+    _refuse_other_layers(adapted)
     return adapted.eval()
+
+
+def _refuse_other_layers(adapted: PeftModel) -> None:
+    """Refuse what PEFT adapts beside `nn.Linear` (GPT-2's Conv1D, embeddings): the serving engine cannot serve it."""
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(layer := module.get_base_layer(), nn.Linear):
+            base = adapted.unload()
+            raise ModelError(
+                f"{base.name_or_path}: {name} ({type(layer).__name__}) is not a linear layer, so its adapter could not "
+                f"be served; leave it out of lora.target_modules, or {OTHER_MODEL}"
+            )
 
 
 def load_adapter(
@@ -226,26 +268,47 @@ def _plain(value: Any) -> Any:
 
 
 def _check_adapter(base: nn.Module, folder: Path) -> int:
-    """Refuse an adapter whose shapes are not this model's, before PEFT changes the model. Returns its layer count."""
+    """Refuse an adapter whose shapes are not this model's or its own configuration's, before PEFT changes the model.
+
+    Returns:
+        The number of layers that it adapts.
+    """
     try:
-        base_name = json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path")
+        config = json.loads((folder / CONFIG_FILE).read_text())
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(f"{folder}: not a PEFT adapter ({_first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}: not a PEFT adapter ({CONFIG_FILE} holds no object)")
     modules = dict(base.named_modules())
-    layers = 0
-    for name, shape in shapes.items():
-        if not name.endswith((LORA_A, LORA_B)):
-            continue
-        layers += name.endswith(LORA_A)
-        layer = modules.get(name.removeprefix(PEFT_PREFIX).removesuffix(LORA_A).removesuffix(LORA_B))
-        side, width = ("in_features", shape[1]) if name.endswith(LORA_A) else ("out_features", shape[0])
-        if getattr(layer, side, width if layer is not None else None) != width:
-            found = f"{side} {getattr(layer, side)}" if layer is not None else "no such layer"
-            reason = f"{name} has {side} {width}, this model has {found}"
-            raise ModelError(f"{folder}: made for another base model ({base_name}): {reason}")
-    return layers
+    lora_names = [name for name in shapes if name.endswith((LORA_A, LORA_B))]
+    layers = {name.removesuffix(LORA_A).removesuffix(LORA_B) for name in lora_names}
+    for layer in sorted(layers):
+        _check_factors(folder, config, layer, shapes)
+        module = modules.get(layer.removeprefix(PEFT_PREFIX))
+        for factor, side, axis in ((LORA_A, "in_features", 1), (LORA_B, "out_features", 0)):
+            width = shapes[layer + factor][axis]
+            if getattr(module, side, width if module is not None else None) != width:
+                found = f"{side} {getattr(module, side)}" if module is not None else "no such layer"
+                reason = f"{layer}{factor} has {side} {width}, this model has {found}"
+                base_name = config.get("base_model_name_or_path")
+                raise ModelError(f"{folder}: made for another base model ({base_name}): {reason}")
+    return len(layers)
+
+
+def _check_factors(folder: Path, config: dict[str, Any], layer: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a layer without lora_A or lora_B (PEFT would leave a fresh one), or of another rank than configured."""
+    for factor in (LORA_A, LORA_B):
+        if layer + factor not in shapes:
+            raise ModelError(f"{folder}: {WEIGHTS_FILE} has no {layer}{factor}; save the adapter again")
+    ranks = config.get("rank_pattern") or {}
+    rank = ranks.get(get_pattern_key(list(ranks), layer.removeprefix(PEFT_PREFIX)), config.get("r", LoraConfig.r))
+    for factor, axis in ((LORA_A, 0), (LORA_B, 1)):
+        shape = shapes[layer + factor]
+        if len(shape) != 2 or shape[axis] != rank:
+            reason = f"{layer}{factor} has the shape {shape}, but {CONFIG_FILE} gives it rank {rank}"
+            raise ModelError(f"{folder}: {reason}; save the adapter again")
 
 
 @contextmanager

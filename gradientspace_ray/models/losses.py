@@ -26,7 +26,7 @@ def label_nll(model: nn.Module, packed: Packed, compute_dtype: torch.dtype = tor
     Args:
         model: a causal LM with "segmented" attention, with or without a PEFT adapter.
         packed: the row; `packed.label_examples` tells whose each label token is.
-        compute_dtype: type of the matrix products, by autocast; float32 leaves them in the type of the weights.
+        compute_dtype: bfloat16: matrix products run under autocast; float32: they run in the type of the weights.
 
     Returns:
         [L] float32, in the order of the row, differentiable.

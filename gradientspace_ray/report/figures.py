@@ -15,6 +15,8 @@ PALETTE_SIZE = 12
 ROW_PX = 30
 CHARACTER_PX = 7.2
 """Width of a character of the page's text, generous: fonts differ."""
+NEGLIGIBLE = 1e-9
+"""A span below this, or below this share of its ends, is rounding; stretched over an axis it would look like more."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,14 @@ def scatter(
 
 def spectrum(singular_values: Sequence[float], energy_total: float) -> str:
     """Two panels: the share of the gradients' energy in each direction of the sketch, and their running sum."""
-    shares_K = np.square(np.asarray(singular_values, dtype=np.float64)) / max(energy_total, 1e-300)
+    shares_K = np.square(np.asarray(singular_values, dtype=np.float64)) / (energy_total or 1.0)
     height, top, bottom, left, gap = 240, 34, 34, 52, 70
     panel = (WIDTH - 2 * left - gap + 40) / 2
     plot = height - top - bottom
     parts = []
     panels = [(left, shares_K, "Energy in each direction"), (left + panel + gap, np.cumsum(shares_K), "Running sum")]
     for number, (x0, values_K, title) in enumerate(panels):
-        peak = 1.0 if number else float(values_K.max(initial=0.0)) * 1.08 or 1.0
+        peak = 1.0 if number else _span(0.0, float(values_K.max(initial=0.0)) * 1.08)
         parts.append(f'<text class="title" x="{x0}" y="16">{title}</text>')
         for tick in _ticks(0, peak, 4):
             y = top + plot * (1 - tick / peak)
@@ -106,7 +108,7 @@ def ranges(rows: Sequence[Range], unit: str, zero: bool = False) -> str:
     right, top = 84, 12
     ends = [end for row in rows for end in (row.low, row.high)] + ([0.0] if zero else [])
     low, high = min(ends), max(ends)
-    pad = (high - low or 1.0) * 0.06
+    pad = _span(low, high) * 0.06
     low, high = low - pad, high + pad
     span = WIDTH - left - right
 
@@ -223,9 +225,15 @@ def _svg(height: float, label: str, content: str, kind: str = "") -> str:
     )
 
 
+def _span(low: float, high: float) -> float:
+    """The width of low .. high, above 0: where it is negligible, 1 or the size of the ends, whichever is larger."""
+    size = max(abs(low), abs(high))
+    return high - low if high - low > NEGLIGIBLE * max(size, 1.0) else max(size, 1.0)
+
+
 def _ticks(low: float, high: float, count: int) -> list[float]:
     """Round numbers within low .. high, about `count` of them."""
-    rough = (high - low) / count
+    rough = _span(low, high) / count
     magnitude = 10 ** math.floor(math.log10(rough))
     step = magnitude * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * 0.999)
     return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

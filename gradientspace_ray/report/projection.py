@@ -21,7 +21,8 @@ def project(coordinates_NK: np.ndarray, seed: int) -> np.ndarray:
         seed: decides t-SNE's random choices.
     """
     norms_N1 = np.linalg.norm(coordinates_NK, axis=1, keepdims=True)
-    unit_NK = coordinates_NK / np.maximum(norms_N1, np.finfo(np.float32).tiny)
+    # A gradient of zero has coordinates of rounding noise, which have no direction.
+    unit_NK = coordinates_NK / np.maximum(norms_N1, 1e-6 * norms_N1.max(initial=0) or 1.0)
     count, width = unit_NK.shape
     points_N2 = np.zeros((count, 2))
     if count == 0:

@@ -1,29 +1,35 @@
-"""The Serve application: `build` for `serve run` and config files, `start` for the command line."""
+"""The Serve application: `build` for `serve run` and config files, `endpoint` for the command line."""
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
+import re
 import socket
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import httpx
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
 
-from gradientspace_ray.connection import connect
-from gradientspace_ray.registry import REGISTRY, read_registry
+from gradientspace_ray.registry import REGISTRY, Registry, read_registry
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving.experts import Experts
 from gradientspace_ray.serving.ingress import MAX_ONGOING_REQUESTS, Ingress
 from gradientspace_ray.serving.router import MAX_ONGOING_PROMPTS, PromptRouter
 
+APPLICATION = "gradientspace"
 API_KEY_ENV = "GRADIENTSPACE_API_KEY"
 ANSWER_TIMEOUT_S = 30.0
 # Small, so that an endpoint with one replica of everything fits two CPUs.
 INGRESS_CPUS, ROUTER_CPUS = 0.1, 0.2
+# Where this machine reaches what listens on all of its addresses.
+REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 Positive = Annotated[int, Field(ge=1)]
 
@@ -51,6 +57,8 @@ class ServeArguments(BaseModel):
     """Requests that wait for a replica; more get status 429."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    start_attempts: Positive = 3
+    """Failures in a row to start the first replica of a deployment before the endpoint gives up."""
     api_key_env: str | None = None
     """Environment variable with the key that clients must send; null takes GRADIENTSPACE_API_KEY if it is set."""
 
@@ -62,14 +70,14 @@ class ServeArguments(BaseModel):
 
 
 def build(arguments: ServeArguments) -> Application:
-    """The application: ingress -> router, experts.
+    """The application: ingress -> router, experts. All of its replicas share the registry as it is now.
 
     Raises:
         RunError: there is nothing to serve in the run directory.
         ValueError: the API key's variable is not set.
     """
     run = RunDirectory(arguments.run_dir)
-    _check_run(run)
+    registry = _read_run(run)
     scaling: dict[str, Any] = {"num_replicas": arguments.min_replicas}
     if arguments.max_replicas > arguments.min_replicas:
         scaling = {
@@ -80,49 +88,107 @@ def build(arguments: ServeArguments) -> Application:
                 "target_ongoing_requests": arguments.target_ongoing_requests,
             },
         }
+    attempts = arguments.start_attempts
     experts = serve.deployment(
+        max_constructor_retry_count=attempts,
         ray_actor_options={"num_cpus": arguments.cpus_per_replica, "num_gpus": arguments.gpus_per_replica},
         max_ongoing_requests=arguments.max_ongoing_requests,
         max_queued_requests=arguments.max_queued_requests,
         **scaling,
-    )(Experts).bind(run.uri, arguments.device, arguments.max_slots, arguments.max_tokens)
-    router = serve.deployment(ray_actor_options={"num_cpus": ROUTER_CPUS}, max_ongoing_requests=MAX_ONGOING_PROMPTS)(
-        PromptRouter
-    ).bind(run.uri)
-    ingress = serve.deployment(ray_actor_options={"num_cpus": INGRESS_CPUS}, max_ongoing_requests=MAX_ONGOING_REQUESTS)(
-        Ingress
-    )
-    return ingress.bind(run.uri, router, experts, _api_key_sha256(arguments.api_key_env))
+    )(Experts).bind(run.uri, registry, arguments.device, arguments.max_slots, arguments.max_tokens)
+    router = serve.deployment(
+        max_constructor_retry_count=attempts,
+        ray_actor_options={"num_cpus": ROUTER_CPUS},
+        max_ongoing_requests=MAX_ONGOING_PROMPTS,
+    )(PromptRouter).bind(run.uri, registry)
+    ingress = serve.deployment(
+        max_constructor_retry_count=attempts,
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+    )(Ingress)
+    return ingress.bind(registry, router, experts, _api_key_sha256(arguments.api_key_env))
 
 
-def start(arguments: ServeArguments, host: str, port: int) -> str:
-    """Serve from the Ray cluster that `connect` finds or starts, and return when the endpoint answers.
-
-    Args:
-        arguments: what to serve.
-        host: address to listen on.
-        port: 0 takes a free one.
-
-    Returns:
-        The endpoint's base URL, without `/v1`.
+def check_device(device: str) -> None:
+    """Find out now what would otherwise wait for ever: no replica starts on a local Ray that lacks its GPU.
 
     Raises:
-        OSError: the address is taken or not this machine's; nothing was started.
-        RunError: there is nothing to serve in the run directory; nothing was started.
-        RuntimeError: the endpoint does not come up.
+        RuntimeError: the experts need a GPU, and Ray will run on this machine, which has none.
     """
-    port = _free_port(host, port)
-    application = build(arguments)
-    connect(arguments.device)
+    if device == "cuda" and not os.environ.get("RAY_ADDRESS") and not torch.cuda.is_available():
+        raise RuntimeError(
+            "this machine has no CUDA GPU for the experts; serve with --device cpu, or set RAY_ADDRESS to a Ray cluster"
+        )
+
+
+@contextlib.contextmanager
+def endpoint(application: Application, host: str, port: int) -> Iterator[str]:
+    """Serve on the Ray cluster that this process is connected to, for the length of the block.
+
+    Afterwards the application is gone from a Ray cluster that lives on, and Serve with it if this call started it.
+
+    Args:
+        application: what `build` returns.
+        host: address to listen on.
+        port: what `free_port` returns.
+
+    Yields:
+        The endpoint's base URL, without `/v1`, as this machine reaches it. It answers.
+
+    Raises:
+        RuntimeError: an endpoint of this application runs on the Ray cluster already, or a deployment does not start
+            (with its own error), or nothing answers at the address.
+    """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
-    serve.run(application, name="gradientspace", route_prefix="/", logging_config=QUIET)
-    url = f"http://{host}:{port}"
-    _wait_for(url.replace("//0.0.0.0:", "//127.0.0.1:"))
-    return url
+    before = serve.status()
+    if APPLICATION in before.applications:
+        raise RuntimeError(f"this Ray cluster already runs an endpoint ({APPLICATION}); stop it with: serve shutdown")
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
+        _run(application)
+        url = base_url(host, port)
+        _wait_for(url)
+        yield url
+    finally:
+        _stop(serve_ran_before=bool(before.proxies))
 
 
-def _check_run(run: RunDirectory) -> None:
+def _run(application: Application) -> None:
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=QUIET)
+    except RuntimeError as error:
+        # Serve's own text only names the deployment; why it does not start is in its status.
+        application_status = serve.status().applications.get(APPLICATION)
+        deployments = application_status.deployments if application_status else {}
+        causes = [f"{name} does not start: {last_line(d.message)}" for name, d in deployments.items() if d.message]
+        raise RuntimeError(causes[0] if causes else str(error)) from error
+
+
+def _stop(serve_ran_before: bool) -> None:
+    others = serve.status().applications.keys() - {APPLICATION}
+    if serve_ran_before or others:
+        serve.delete(APPLICATION)
+    elif os.environ.get("RAY_ADDRESS"):
+        serve.shutdown()
+    # A local Ray ends with this process and takes Serve along at once.
+
+
+def last_line(message: str) -> str:
+    """The last line of a deployment's message, which is where its traceback says what went wrong.
+
+    The names of this package's own errors are left out: their messages stand by themselves.
+    """
+    line = [line.strip() for line in message.splitlines() if line.strip()][-1]
+    return re.sub(r"^gradientspace_ray\.[\w.]+: ", "", line)
+
+
+def base_url(host: str, port: int) -> str:
+    """Where this machine reaches an endpoint that listens on `host`."""
+    host = REACHED_AT.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _read_run(run: RunDirectory) -> Registry:
     if not run.exists():
         raise RunError(f"{run.uri}: no such run directory; make one with: gradientspace run quickstart")
     if not run.exists(REGISTRY):
@@ -134,6 +200,7 @@ def _check_run(run: RunDirectory) -> None:
     missing = [folder for folder in folders if not run.exists(folder)]
     if missing:
         raise RunError(f"{run.uri}: {missing[0]} is missing; finish the run with: gradientspace run")
+    return registry
 
 
 def _api_key_sha256(variable: str | None) -> str | None:
@@ -144,26 +211,35 @@ def _api_key_sha256(variable: str | None) -> str | None:
     return hashlib.sha256(key.encode()).hexdigest() if key else None
 
 
-def _free_port(host: str, port: int) -> int:
-    """Fail now if the port is taken: Serve shares ports (SO_REUSEPORT) and would start beside the other program."""
+def free_port(host: str, port: int) -> int:
+    """The port to listen on. Serve shares ports (SO_REUSEPORT), so it would start beside another program.
+
+    Args:
+        host: address to listen on.
+        port: 0 takes a free one.
+
+    Raises:
+        OSError: the port is taken, or the address is not this machine's.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            reason = "is in use; choose another with --port" if error.errno == errno.EADDRINUSE else error.strerror
-            raise OSError(error.errno, f"port {port} on {host} {reason}") from error
+            if error.errno == errno.EADDRINUSE:
+                raise OSError(f"port {port} on {host} is in use; choose another with --port") from error
+            place = f"port {port} on {host}"
+            raise OSError(f"{place}: {error.strerror}; choose another --host or --port") from error
         return int(probe.getsockname()[1])
 
 
 def _wait_for(url: str) -> None:
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=5).is_success:
                 return
-        except httpx.TransportError:
-            time.sleep(0.1)
+        time.sleep(0.1)
     raise RuntimeError(
         f"{url} does not answer; if Serve already runs on this Ray cluster, stop it with: serve shutdown"
     )

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 
+import torch
 from ray import serve
 
 from gradientspace_ray.engine.sampling import Sampling
@@ -12,9 +12,25 @@ from gradientspace_ray.engine.scheduler import Engine, PromptTooLongError
 from gradientspace_ray.engine.slots import AdapterFiles, Slots
 from gradientspace_ray.examples.rendering import Renderer, RenderingError
 from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
-from gradientspace_ray.registry import read_registry
+from gradientspace_ray.registry import Adapter, Registry, adapter_digest
 from gradientspace_ray.run import RunDirectory
-from gradientspace_ray.serving.messages import Delta, Generation, Refused, Started
+from gradientspace_ray.serving.messages import Delta, Generation, Refused, RunChangedError, Started
+
+
+def verify(adapter: AdapterFiles) -> None:
+    """Refuse a folder that does not hold the adapter's content: an endpoint never serves one digest under another.
+
+    Raises:
+        RunChangedError: a later run of the stage put other weights there.
+    """
+    if adapter_digest(adapter.folder) != adapter.id.rpartition("@")[2]:
+        raise RunChangedError(f"{adapter.folder} no longer holds {adapter.id}; start the endpoint again")
+
+
+def _compute_dtype(registry: Registry, device: str) -> torch.dtype:
+    """Autocast only where it is faster: most CPUs multiply bfloat16 more slowly than float32."""
+    wanted = registry.compute_dtype == "bfloat16" and device == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if wanted else torch.float32
 
 
 class Experts:
@@ -24,37 +40,47 @@ class Experts:
     folder. It evicts what is in use, so the weights belong to the engine's slots, which count their users.
     """
 
-    def __init__(self, run_uri: str, device: str, max_slots: int, max_tokens: int) -> None:
+    def __init__(self, run_uri: str, registry: Registry, device: str, max_slots: int, max_tokens: int) -> None:
         """Load the base model.
 
         Args:
             run_uri: the run directory.
+            registry: what it held when the endpoint was started.
             device: where the model computes.
             max_slots: adapters in memory at once.
             max_tokens: most tokens of one answer.
+
+        Raises:
+            ModelError: the base model or the generalist cannot be loaded.
+            RunChangedError: the run has another generalist by now.
         """
         run = RunDirectory(run_uri)
-        registry = read_registry(run)
+
+        def files(adapter: Adapter) -> AdapterFiles:
+            return AdapterFiles(adapter.id, run.fetch(adapter.folder))
+
         tokenizer = load_tokenizer(registry.base_model)
         model = load_base(registry.base_model, registry.dtype, device, attention="sdpa")
-        slots = Slots.like(model, run.fetch(registry.generalist.folder), max_slots)
-        self._engine = Engine(model, tokenizer, slots)
+        generalist = files(registry.generalist)
+        slots = Slots.like(model, generalist.folder, max_slots, verify)
+        verify(generalist)
+        self._engine = Engine(model, tokenizer, slots, _compute_dtype(registry, device))
         self._renderer = Renderer(tokenizer)
         self._max_tokens = max_tokens
 
         @serve.multiplexed(max_num_models_per_replica=max_slots)
-        async def hold(adapter_id: str) -> Path:
+        async def hold(adapter_id: str) -> AdapterFiles:
             adapter = registry.resolve(adapter_id)
             if adapter is None:
                 raise ValueError(f"{adapter_id} is not an adapter")
-            return await asyncio.to_thread(run.fetch, adapter.folder)
+            return await asyncio.to_thread(files, adapter)
 
         self._hold = hold
 
     async def generate(self, request: Generation) -> AsyncIterator[Started | Refused | Delta]:
         """One answer: `Started` and then deltas, or `Refused`. Closing the iterator ends the request."""
         adapter_id = serve.get_multiplexed_model_id()
-        adapter = AdapterFiles(adapter_id, await self._hold(adapter_id)) if adapter_id else None
+        adapter = await self._hold(adapter_id) if adapter_id else None
         if request.max_tokens is not None and request.max_tokens > self._max_tokens:
             message = f"this server answers with at most {self._max_tokens} tokens, {request.max_tokens} were asked for"
             yield Refused(message, None, "max_tokens")

@@ -16,9 +16,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.exceptions import HTTPException
 
-from gradientspace_ray.registry import AUTO, BASE, Adapter, UnknownModelError, read_registry
-from gradientspace_ray.run import RunDirectory
-from gradientspace_ray.serving.messages import Choice, Delta, Generation, Refused, Started
+from gradientspace_ray.registry import AUTO, BASE, Adapter, Registry, UnknownModelError
+from gradientspace_ray.serving.messages import Choice, Delta, Generation, Refused, RunChangedError, Started
 from gradientspace_ray.serving.openai_api import (
     DONE,
     Answer,
@@ -34,6 +33,7 @@ MAX_BODY_BYTES = 2**20
 MAX_ONGOING_REQUESTS = 1000
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 Answers = DeploymentResponseGenerator[Any]
+FAILURES = (RayError, RayServeException, RunChangedError)
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="gradientspace", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -140,7 +140,7 @@ async def _events(
                 yield event(answer.chunk({"content": delta.text}, with_usage=with_usage))
             if delta.finish_reason:
                 yield event(answer.chunk({}, delta.finish_reason, with_usage=with_usage))
-    except (RayError, RayServeException) as error:
+    except FAILURES as error:
         yield event(_as_api_error(error).body)
         return
     if with_usage:
@@ -154,6 +154,10 @@ def _as_api_error(error: Exception) -> ApiError:
         retry = {"retry-after": "1"}
         return ApiError(429, "too many requests wait", kind="rate_limit_error", code="overloaded", headers=retry)
     logger.error("a request failed", exc_info=error)
+    if isinstance(error, RunChangedError):
+        # The client library would try again, which cannot help.
+        message = "the run has changed since this endpoint was started; it must be started again"
+        return ApiError(503, message, kind="server_error", code="run_changed", headers={"x-should-retry": "false"})
     return server_error()
 
 
@@ -166,17 +170,17 @@ class Ingress:
     """
 
     def __init__(
-        self, run_uri: str, router: DeploymentHandle, experts: DeploymentHandle, api_key_sha256: str | None
+        self, registry: Registry, router: DeploymentHandle, experts: DeploymentHandle, api_key_sha256: str | None
     ) -> None:
-        """Read the registry.
+        """Keep what requests need.
 
         Args:
-            run_uri: the run directory.
+            registry: what may be asked for.
             router: handle of `PromptRouter`.
             experts: handle of `Experts`.
             api_key_sha256: digest of the key that clients must send; None asks for none.
         """
-        self._registry = read_registry(RunDirectory(run_uri))
+        self._registry = registry
         self._router = router
         self._experts = experts
         # One handle for each adapter: making one starts a connection to the controller.
@@ -210,7 +214,7 @@ class Ingress:
             route = await self._choose(chat)
             answers = cast(Answers, self._handle(route.adapter).generate.remote(_generation(chat)))
             started, first = await _peek(answers)
-        except (RayError, RayServeException) as error:
+        except FAILURES as error:
             raise _as_api_error(error) from error
         answer = Answer(route.model, fingerprint=f"fp_{route.adapter.digest if route.adapter else BASE}")
         deltas = _rejoin(first, answers)
@@ -221,7 +225,7 @@ class Ingress:
         try:
             async for last in deltas:
                 text += last.text
-        except (RayError, RayServeException) as error:
+        except FAILURES as error:
             raise _as_api_error(error) from error
         reason = last.finish_reason or "stop"
         body = answer.completion(text, reason, started.prompt_tokens, last.completion_tokens)
@@ -257,7 +261,10 @@ class Ingress:
             return Route(self._resolve(chat.model), 1.0, "forced", 0.0)
         asked = time.perf_counter()
         choice: Choice = await self._router.route.remote(chat.conversation)
-        adapter = self._registry.resolve(choice.expert or self._registry.generalist.name)
+        try:
+            adapter = self._registry.resolve(choice.expert or self._registry.generalist.name)
+        except UnknownModelError as error:  # a replica of the router that started after the run had changed
+            raise RunChangedError(f"the router picked {choice.expert}, which the registry does not list") from error
         return Route(adapter, choice.confidence, choice.reason, (time.perf_counter() - asked) * 1000)
 
     def _handle(self, adapter: Adapter | None) -> DeploymentHandle:

@@ -7,6 +7,10 @@ Message = dict[str, str]
 """`role` and `content`, as in a training example."""
 
 
+class RunChangedError(RuntimeError):
+    """The run directory no longer holds what the endpoint was started with."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What the router decided about a prompt."""

@@ -6,7 +6,7 @@ from typing import cast
 from ray import serve
 
 from gradientspace_ray.examples.rendering import View, prompt_view
-from gradientspace_ray.registry import read_registry
+from gradientspace_ray.registry import Registry
 from gradientspace_ray.router.classifier import Router
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.serving.messages import Choice, Message
@@ -19,9 +19,8 @@ BATCH_WAIT_S = 0.002
 class PromptRouter:
     """Prompt -> expert. Prompts that wait at the same time are encoded together."""
 
-    def __init__(self, run_uri: str) -> None:
-        run = RunDirectory(run_uri)
-        self._router = Router.load(run.fetch(read_registry(run).router))
+    def __init__(self, run_uri: str, registry: Registry) -> None:
+        self._router = Router.load(RunDirectory(run_uri).fetch(registry.router))
         self._view = cast(View, self._router.view)
 
     async def route(self, messages: list[Message]) -> Choice:

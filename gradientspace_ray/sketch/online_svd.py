@@ -35,6 +35,14 @@ class Energy(NamedTuple):
         return self.captured / self.total if self.total else 1.0
 
 
+class NonFiniteRowError(ValueError):
+    """A row that holds nan or infinity; `row` is its index among the rows of the update."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row} of the update is not finite; the model or its precision is at fault")
+        self.row = row
+
+
 class OnlineSVD:
     """A sketch of the rows seen so far: `rows` R (K x D) and `coordinates` U (N x K), G being close to U R.
 
@@ -105,7 +113,8 @@ class OnlineSVD:
                 diagonal of C). A zero row stays zero.
 
         Raises:
-            ValueError: a row is not finite (whole buffers before it stay absorbed), or D differs from the rows before.
+            NonFiniteRowError: a row is not finite; whole buffers before it stay absorbed.
+            ValueError: D differs from the rows before.
         """
         self._check_width(rows_ND)
         for start in range(0, rows_ND.shape[0], self.buffer_rows):
@@ -114,8 +123,7 @@ class OnlineSVD:
             kept = gram_SS.shape[0] - rows_BD.shape[0]
             squares_B = gram_SS.diagonal()[kept:]
             if not bool(squares_B.isfinite().all()):
-                bad = start + int((~squares_B.isfinite()).nonzero()[0])
-                raise ValueError(f"row {bad} of the update is not finite; the model or its precision is at fault")
+                raise NonFiniteRowError(start + int((~squares_B.isfinite()).nonzero()[0]))
             scale_S = torch.ones(gram_SS.shape[0], dtype=torch.float64)
             if normalise:
                 scale_S[kept:] = torch.where(squares_B > 0, squares_B.rsqrt(), 0.0)

@@ -24,12 +24,12 @@ import ray.data
 import torch
 
 from gradientspace_ray.gradients.per_sample import Example, PerSampleGradients
-from gradientspace_ray.models.loading import as_dtype, load_adapter, load_base
+from gradientspace_ray.models.loading import load_adapter, load_base, model_fingerprint, product_dtype
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory, Summary, digest_of
-from gradientspace_ray.sketch.columns import SketchError, check_sketch, is_complete, save_sketch
-from gradientspace_ray.sketch.online_svd import OnlineSVD
+from gradientspace_ray.sketch.columns import RECORD, SketchError, check_sketch, is_complete, save_sketch
+from gradientspace_ray.sketch.online_svd import NonFiniteRowError, OnlineSVD
 from gradientspace_ray.sketch.tree import LEAVES, Node, merge_tree, missing, to_read
 from gradientspace_ray.stages.progress import watched_board
 
@@ -128,7 +128,7 @@ class Extractor:
             labels=recipe.gradients.labels,
             loss=recipe.gradients.loss,
             tokens_per_batch=recipe.gradients.tokens_per_batch,
-            compute_dtype=as_dtype(recipe.model.compute_dtype),
+            compute_dtype=product_dtype(recipe.model.compute_dtype, recipe.compute.device),
         )
 
     @cached_property
@@ -169,11 +169,17 @@ class Extractor:
         for start in range(0, len(examples), len(buffer_BD)):
             part = examples[start : start + len(buffer_BD)]
             gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)])
-            sketch.update(gradients_BD, normalise=unit)
+            try:
+                sketch.update(gradients_BD, normalise=unit)
+            except NonFiniteRowError as error:
+                raise ShardError(
+                    f"the gradient of example {shard.ids[start + error.row]} ({EXAMPLES}) is not finite; "
+                    "remove it from the data, or lower warmup.learning_rate"
+                ) from error
             tokens += sum(len(input_ids) for input_ids, _ in part)
             speed = f"{tokens / (time.monotonic() - started):.0f} tokens/s a worker"
             self._board.report.remote(LINE, start + len(part), self._total, speed, part=shard.name)
-        with self._run.staged(shard.folder) as folder:
+        with self._run.staged(shard.folder, last=RECORD) as folder:
             save_sketch(folder, sketch, shard.ids, recipe.sketch.dtype, name=shard.name)
 
     def _read(self, ids: Sequence[str]) -> list[Example]:
@@ -210,7 +216,7 @@ def _decisive(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     speed = {"tokens_per_batch", "workers", "examples_per_shard"}
     return {
         "generalist": adapter_digest(run.fetch("generalist")),
-        "model": recipe.model.model_dump(mode="json"),
+        "model": [recipe.model.model_dump(mode="json"), model_fingerprint(recipe.model.name)],
         "lora": recipe.lora.model_dump(mode="json"),
         "gradients": recipe.gradients.model_dump(mode="json", exclude=speed),
         "sketch": recipe.sketch.model_dump(mode="json"),

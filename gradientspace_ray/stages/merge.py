@@ -10,6 +10,7 @@ import ray
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.run import RunDirectory, RunError, Summary
 from gradientspace_ray.sketch.columns import (
+    RECORD,
     SketchRecord,
     copy_saved,
     is_complete,
@@ -83,7 +84,7 @@ def _merge_node(run_uri: str, node: Node, rank: int, *_before: None) -> None:
     run = RunDirectory(run_uri)
     if not is_complete(run.filesystem, run.path(node.folder), node.name):
         inputs = [run.fetch(child.folder) for child in node.children]
-        with run.staged(node.folder) as folder:
+        with run.staged(node.folder, last=RECORD) as folder:
             if len(inputs) == 2:
                 merge_saved(inputs[0], inputs[1], folder, rank, node.name)
             else:

@@ -3,7 +3,11 @@
 import hashlib
 import itertools
 import json
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from gradientspace_ray.examples.formats import Record, Rejected, read_source
-from gradientspace_ray.examples.rendering import IGNORED, Renderer, RenderingError, example_id, prompt_view
+from gradientspace_ray.examples.rendering import IGNORED, Message, Renderer, RenderingError, example_id, prompt_view
+from gradientspace_ray.models.bundled import is_installed
 from gradientspace_ray.models.loading import load_tokenizer
 from gradientspace_ray.recipe import DataSection, Recipe
 from gradientspace_ray.run import RunDirectory, Summary, digest_of
@@ -21,6 +26,9 @@ SPLITS = ("train", "validation", "test")
 SAMPLE_PURPOSE = 3
 """Second part of the seed of the sample that `data.max_examples` keeps."""
 REPORT_EVERY = 100
+CLOCK_INTERVAL_S = 1.0
+CONVERTING_AFTER_S = 5.0
+"""A bundled model whose tokenizer loads longer than this is being converted, which happens once on a machine."""
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -32,6 +40,7 @@ SCHEMA = pa.schema(
         "label_tokens": pa.int32(),
         "source": pa.string(),
         "domain": pa.string(),
+        "group": pa.string(),
     }
 )
 DECISIVE = ("id", "input_ids", "labels", "prompt", "domain")
@@ -49,11 +58,12 @@ def prepare(recipe: Recipe, run: RunDirectory) -> Summary:
         SourceError: a source cannot be read.
         DataError: too little is left to train on.
     """
-    renderer = Renderer(load_tokenizer(recipe.model.name))
     rows: dict[str, dict[str, Any]] = {}
     rejected: list[Rejected] = []
     items = itertools.chain.from_iterable(read_source(source, recipe.seed) for source in recipe.data.sources)
     with Bars() as bars:
+        with _clock(bars, recipe.model.name):
+            renderer = Renderer(load_tokenizer(recipe.model.name))
         for count, item in enumerate(items, start=1):
             result = _row(item, renderer, recipe)
             if isinstance(result, Rejected):
@@ -67,7 +77,9 @@ def prepare(recipe: Recipe, run: RunDirectory) -> Summary:
     lines = (json.dumps(asdict(rejection), ensure_ascii=False) + "\n" for rejection in rejected)
     run.write_bytes("examples/rejected.jsonl", "".join(lines).encode())
     reasons = Counter(rejection.reason for rejection in rejected)
-    splits = _split(_sample(sorted(rows.values(), key=lambda row: row["id"]), recipe), recipe.data)
+    splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
+    for row in _sample(sorted(rows.values(), key=lambda row: row["id"]), recipe):
+        splits[split_of(row["split_key"], recipe.data)].append(row)
     _check(splits, recipe.data, reasons, run)
     for name, members in splits.items():
         columns = {column: [row[column] for row in members] for column in SCHEMA.names}
@@ -75,16 +87,49 @@ def prepare(recipe: Recipe, run: RunDirectory) -> Summary:
     return _summary(splits, rejected, reasons)
 
 
-def split_of(prompt: str, data: DataSection) -> str:
-    """The split of every example with this prompt: decided by a hash of its words alone.
+def split_key(messages: Sequence[Message], group: str | None) -> str:
+    """What decides an example's split: its group, else the first message of its user.
 
-    Near-duplicates, which differ in case, spacing or answer, stay together; no other example has a say.
+    System prompts, later turns, answers and what the router reads have no say.
     """
-    words = " ".join(prompt.lower().split())
+    return group if group is not None else prompt_view(messages, "first_user")
+
+
+def split_of(key: str, data: DataSection) -> str:
+    """The split of every example with this key (see `split_key`): decided by a hash of its words alone.
+
+    Keys that differ in case or spacing stay together; no other example has a say.
+    """
+    words = " ".join(key.lower().split())
     position = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") / 2**64
     if position < data.test_share:
         return "test"
     return "validation" if position < data.test_share + data.validation_share else "train"
+
+
+@contextmanager
+def _clock(bars: Bars, model_name: str) -> Iterator[None]:
+    """Show at once, and then every second, that the tokenizer is being loaded."""
+    loaded = threading.Event()
+
+    def show() -> None:
+        started = time.monotonic()
+        is_loaded = False
+        while not is_loaded:
+            seconds = time.monotonic() - started
+            converting = seconds > CONVERTING_AFTER_S and is_installed(model_name)
+            note = f"{seconds:.0f} s{', converting the model (once)' if converting else ''}"
+            bars.update("loading the tokenizer", 0, 1, note)
+            is_loaded = loaded.wait(CLOCK_INTERVAL_S)
+        bars.update("loading the tokenizer", 1, 1, note)
+
+    thread = threading.Thread(target=show, name="clock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        loaded.set()
+        thread.join()
 
 
 def _row(item: Record | Rejected, renderer: Renderer, recipe: Recipe) -> dict[str, Any] | Rejected:
@@ -107,6 +152,8 @@ def _row(item: Record | Rejected, renderer: Renderer, recipe: Recipe) -> dict[st
         "label_tokens": sum(label != IGNORED for label in rendered.labels),
         "source": item.source,
         "domain": item.domain,
+        "group": item.group,
+        "split_key": split_key(item.messages, item.group),
         "place": item.place,
     }
 
@@ -119,17 +166,12 @@ def _sample(rows: list[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
     return [rows[index] for index in sorted(kept)]
 
 
-def _split(rows: list[dict[str, Any]], data: DataSection) -> dict[str, list[dict[str, Any]]]:
-    splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
-    for row in rows:
-        splits[split_of(row["prompt"], data)].append(row)
-    return splits
-
-
 def _check(
     splits: dict[str, list[dict[str, Any]]], data: DataSection, reasons: Counter[str], run: RunDirectory
 ) -> None:
     total = sum(map(len, splits.values()))
+    keys = len({" ".join(row["split_key"].lower().split()) for rows in splits.values() for row in rows})
+    found = f"{total} in {keys} groups" if keys < total else str(total)
     sources = ", ".join(data.sources)
     if total < len(SPLITS):
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
@@ -138,7 +180,7 @@ def _check(
     shares = {"validation": data.validation_share, "test": data.test_share}
     for name, share in shares.items():
         if share and not splits[name]:
-            raise DataError(f"{sources}: no {name} examples out of {total}; raise data.{name}_share or give more data")
+            raise DataError(f"{sources}: no {name} examples out of {found}; raise data.{name}_share or give more data")
     if not splits["train"]:
         raise DataError(f"{sources}: no training examples left; lower data.validation_share and data.test_share")
 

@@ -26,11 +26,11 @@ class Bars:
         self._tasks: dict[str, Any] = {}
         self._printed: dict[str, tuple[float, float]] = {}
         self._progress = Progress(
-            TextColumn("  {task.description:<24}"),
+            TextColumn("  {task.description:<24}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             transient=True,
         )
@@ -51,7 +51,7 @@ class Bars:
         finished = done >= total > last_done
         if due or finished:
             self._printed[line] = (time.monotonic(), done)
-            self._console.print(f"  {line}: {done:g}/{total:g} {note}".rstrip(), highlight=False)
+            self._console.print(f"  {line}: {done:g}/{total:g} {note}".rstrip(), highlight=False, markup=False)
 
     def __enter__(self) -> "Bars":
         if self._console.is_terminal:

@@ -26,6 +26,7 @@ from gradientspace_ray.report.page import (
 )
 from gradientspace_ray.report.projection import project
 from gradientspace_ray.run import RunDirectory, Summary
+from gradientspace_ray.stages.progress import Bars
 
 MAX_DOTS = 3000
 TYPICAL_EXAMPLES = 3
@@ -60,13 +61,17 @@ class Findings:
 def report(recipe: Recipe, run: RunDirectory) -> Summary:
     """Write `report.html`: one page that needs no network and no other file."""
     found = _read(run)
+    with Bars() as bars:
+        bars.update("map", 0, 1, "placing the examples")
+        drawn_map = _map(recipe, run, found)
+        bars.update("map", 1, 1)
     page = Page(
         name=recipe.name,
         subtitle=f"gradientspace run · {recipe.model.name} · {time.strftime('%d %B %Y, %H:%M')}",
         summary=_summary(found),
         headlines=_headlines(found, run),
         results=_results(found),
-        map=_map(recipe, run, found),
+        map=drawn_map,
         clusters=_clusters(found),
         matrix=_matrix(found),
         router=_router(run, found),
@@ -282,7 +287,7 @@ def _matrix(found: Findings) -> Section | None:
     scale = max((abs(row[name] - row[GENERALIST]) for row in table.values() for name in experts), default=0.0) or 1.0
     cells = []
     for group, row in table.items():
-        best = min(experts, key=lambda name, row=row: row[name]) if experts else None  # type: ignore[misc]
+        best = min(columns, key=lambda name, row=row: row[name])  # type: ignore[misc]
         cells.append(
             [
                 Cell(
@@ -316,15 +321,15 @@ def _router(run: RunDirectory, found: Findings) -> Section | None:
     confidence_N = np.array([row["confidence"] for row in test])
     histogram = figures.histogram(confidence_N, found.router["threshold"])
     abstained = sum(row["routed"] == GENERALIST for row in test) / len(test)
-    caption = f"{abstained:.0%} of the held-out prompts went to the generalist."
-    parts = [Figure("How sure it is", histogram, caption)]
+    threshold = min(found.router["threshold"], 1)  # a router that always abstains has one above every confidence
+    parts = [Figure("How sure it is", histogram, f"{abstained:.0%} of the held-out prompts went to the generalist.")]
     if any(row["domain"] for row in test):
         parts.insert(0, _traffic(found, test))
     accuracy = found.router["calibration"].get("cross_validated_accuracy")
     told = f"In cross-validation it finds the cluster of {accuracy:.0%} of the training prompts. " if accuracy else ""
     text = (
         f"A linear head on {found.router['encoder']} reads the prompt only. {told}Its confidence is calibrated with "
-        f"temperature {found.router['temperature']:.2f}; below {found.router['threshold']:.2f} the generalist answers."
+        f"temperature {found.router['temperature']:.2f}; below {threshold:.2f} the generalist answers."
     )
     return Section("router", "The router", text, tuple(parts))
 

@@ -62,12 +62,13 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
         threshold=calibration.threshold.value,
         calibration=_numbers(fit, accuracy, calibration),
     )
-    with run.staged("router") as folder:
+    with run.staged("router", last=SETTINGS_FILE) as folder:
         save_router(folder, fit.head, settings)
     write_registry(run, _registry(recipe, run, experts))
     accuracy_text = f"accuracy {accuracy:.0%} in cross-validation" if accuracy is not None else "not cross-validated"
+    abstains = "always abstains" if settings.threshold > 1 else f"abstains below {settings.threshold:.2f}"
     return Summary(
-        made=f"router over {len(experts)} experts, {accuracy_text}, abstains below {settings.threshold:.2f}",
+        made=f"router over {len(experts)} experts, {accuracy_text}, {abstains}",
         counts={"experts": len(experts), "accuracy": accuracy, "temperature": settings.temperature},
     )
 

@@ -25,9 +25,16 @@ from peft import PeftModel
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from gradientspace_ray.models.loading import ModelError, add_lora, as_dtype, load_adapter, load_base
+from gradientspace_ray.models.loading import (
+    ModelError,
+    add_lora,
+    load_adapter,
+    load_base,
+    model_fingerprint,
+    product_dtype,
+)
 from gradientspace_ray.recipe import Recipe, TrainingSection, parse_recipe
-from gradientspace_ray.registry import adapter_digest
+from gradientspace_ray.registry import adapter_digest, committed_digest
 from gradientspace_ray.run import RunDirectory, RunError, Summary, digest_of
 from gradientspace_ray.stages.progress import watched_board
 from gradientspace_ray.training import checkpoints, loop
@@ -77,11 +84,12 @@ def warmup(recipe: Recipe, run: RunDirectory) -> Summary:
         TrainingError: the finetune failed.
     """
     finetune = _plan(recipe, run, GENERALIST, "warmup", None, None)
-    record = _train_missing(recipe, run, [finetune], 1)[GENERALIST][1]
+    made = _train_missing(recipe, run, [finetune], 1)[GENERALIST]
+    record = made.record
     return Summary(
         made=f"generalist from {record.examples} examples, loss {_ends(record)}",
         counts={"examples": record.examples, "steps": record.steps, "tokens": record.tokens},
-        output=adapter_digest(run.fetch(GENERALIST)),
+        output=made.digest,
     )
 
 
@@ -98,11 +106,11 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
     if recipe.experts.single_lora:
         finetunes.append(_plan(recipe, run, SINGLE_LORA, "experts", None, GENERALIST))
     made = _train_missing(recipe, run, finetunes, recipe.experts.max_concurrent)
-    folders = {folder for folder, _ in made.values()}
+    folders = {adapter.folder for adapter in made.values()}
     for folder in [*(f"{EXPERTS}/{name}" for name in run.names(EXPERTS)), SINGLE_LORA]:
         if folder not in folders:
             run.delete(folder)
-    records = {name: record for name, (_, record) in made.items() if name != SINGLE_LORA}
+    records = {name: adapter.record for name, adapter in made.items() if name != SINGLE_LORA}
     baseline = " and the single LoRA" if recipe.experts.single_lora else ""
     return Summary(
         made=f"{len(records)} experts{baseline}: {', '.join(records)}",
@@ -111,7 +119,7 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
             "steps": sum(record.steps for record in records.values()),
             "tokens": sum(record.tokens for record in records.values()),
         },
-        output=digest_of({folder: adapter_digest(run.fetch(folder)) for folder in sorted(folders)}),
+        output=digest_of({adapter.folder: adapter.digest for adapter in made.values()}),
     )
 
 
@@ -127,11 +135,11 @@ def _plan(
     key = {
         "name": name,
         "seed": recipe.seed,
-        "model": recipe.model.model_dump(mode="json"),
+        "model": [recipe.model.model_dump(mode="json"), model_fingerprint(recipe.model.name)],
         "lora": recipe.lora.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude=NOT_IN_KEY),
         "examples": table["id"].to_pylist(),
-        "start": adapter_digest(run.fetch(start)) if start else None,
+        "start": committed_digest(run, start) if start else None,
     }
     steps = len(_steps(recipe.seed, section, settings, table.num_rows))
     return Finetune(name, section, cluster, start, digest_of(key), pc.sum(table["tokens"]).as_py(), steps)
@@ -154,15 +162,12 @@ def _examples(run: RunDirectory, cluster: int | None, columns: list[str]) -> Any
     return table.select(columns)
 
 
-Made = tuple[str, checkpoints.TrainingRecord]
-"""Folder and record of a committed adapter."""
-
-
 def _train_missing(
     recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune], concurrent: int
-) -> dict[str, Made]:
+) -> dict[str, checkpoints.Committed]:
     """Train every finetune whose adapter is not committed yet. Returns all of them, by name."""
-    missing = [finetune for finetune in finetunes if _committed(run, finetune) is None]
+    made = {finetune.name: _committed(run, finetune) for finetune in finetunes}
+    missing = [finetune for finetune in finetunes if made[finetune.name] is None]
     missing.sort(key=lambda finetune: finetune.tokens, reverse=True)
     run.delete(FAILURES)
     failures = _run_bounded(recipe, run, missing, concurrent) if missing else {}
@@ -173,23 +178,29 @@ def _train_missing(
             f"{len(failures)} of {len(finetunes)} finetunes failed ({listed}; tracebacks in {run.path(FAILURES)}); "
             "mend that and run again, what is finished is kept"
         )
-    made = {finetune.name: _committed(run, finetune) for finetune in finetunes}
+    made |= {finetune.name: _committed(run, finetune) for finetune in missing}
     lost = [name for name, adapter in made.items() if adapter is None]
     if lost:
         raise TrainingError(f"{run.path()}: {', '.join(lost)} was trained but is not there; run again")
     return {name: adapter for name, adapter in made.items() if adapter}
 
 
-def _committed(run: RunDirectory, finetune: Finetune) -> Made | None:
-    """The adapter of this finetune, if one with its key is there."""
+def _committed(run: RunDirectory, finetune: Finetune) -> checkpoints.Committed | None:
+    """The adapter of this finetune, if one with its key is there and whole."""
     folders = [finetune.name]
     if finetune.cluster is not None:
         folders = [f"{EXPERTS}/{name}" for name in run.names(EXPERTS) if name.rpartition("@")[0] == finetune.name]
     for folder in folders:
-        if run.exists(f"{folder}/{checkpoints.RECORD_FILE}"):
-            record = run.read_json(f"{folder}/{checkpoints.RECORD_FILE}")
-            if record["key"] == finetune.key:
-                return folder, checkpoints.TrainingRecord.model_validate(record)
+        try:
+            record = run.read_model(f"{folder}/{checkpoints.RECORD_FILE}", checkpoints.TrainingRecord)
+            if record.key != finetune.key:
+                continue
+            digest = committed_digest(run, folder)
+        except RunError:
+            # Missing or damaged, as a worker leaves it that is killed on the way: it is trained again.
+            continue
+        if finetune.cluster is None or folder == f"{EXPERTS}/{finetune.name}@{digest}":
+            return checkpoints.Committed(folder, digest, record)
     return None
 
 
@@ -245,7 +256,7 @@ def _launch(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any) -> str
     run = RunDirectory(run_uri)
     compute, settings = recipe.compute, getattr(recipe, finetune.section)
     on_gpu = compute.device == "cuda"
-    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker or 1} if on_gpu else {})
+    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
     trainer = TorchTrainer(
         _finetune,  # type: ignore[arg-type]
         # Plain values: the controller reads them too, and need not import what the workers do.
@@ -259,7 +270,7 @@ def _launch(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any) -> str
         scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{recipe.name}-{finetune.name}-{finetune.key}",
-            storage_path=f"{run.uri}/{SCRATCH}",
+            storage_path=run.uri_of(SCRATCH),
             failure_config=FailureConfig(max_failures=compute.retries),
             worker_runtime_env={"env_vars": {"DS_ACCELERATOR": compute.device}},
         ),
@@ -317,7 +328,7 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, finetune: Finetune, boa
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     # DeepSpeed picks its accelerator when it is imported, and only a worker's environment names the right one.
     deepspeed = import_module("deepspeed")
-    engine = build_engine(deepspeed, model, trainable, settings, recipe.model.compute_dtype)
+    engine = build_engine(deepspeed, model, trainable, settings, product_dtype(recipe.model.compute_dtype, device))
     first = context.get_world_rank() == 0
 
     def on_step(step: int, total: int, loss: float) -> None:
@@ -366,7 +377,7 @@ def build_engine(
     model: PeftModel,
     trainable: list[torch.nn.Parameter],
     settings: TrainingSection,
-    compute_dtype: str,
+    compute_dtype: torch.dtype,
 ) -> Any:
     """A DeepSpeed engine around the token losses of an adapted model; see `training.loop.Engine`."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -380,7 +391,7 @@ def build_engine(
         "gradient_clipping": settings.max_grad_norm,
         "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
     }
-    token_losses = loop.TokenLosses(model, as_dtype(compute_dtype))
+    token_losses = loop.TokenLosses(model, compute_dtype)
     return deepspeed.initialize(model=token_losses, model_parameters=trainable, optimizer=optimizer, config=config)[0]
 
 
@@ -391,5 +402,5 @@ def _commit(run: RunDirectory, finetune: Finetune, model: PeftModel, record: che
         folder = finetune.name
         if finetune.cluster is not None:
             folder = f"{EXPERTS}/{finetune.name}@{adapter_digest(Path(scratch))}"
-        with run.staged(folder) as staged:
+        with run.staged(folder, last=checkpoints.RECORD_FILE) as staged:
             shutil.copytree(scratch, staged, dirs_exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -32,6 +33,15 @@ class TrainingRecord(BaseModel):
     """As the engine reports it."""
     losses: list[float]
     """Mean loss of each step, nats per label token."""
+
+
+class Committed(NamedTuple):
+    """An adapter that is in the run directory."""
+
+    folder: str
+    digest: str
+    """Of the adapter's files, as they are there."""
+    record: TrainingRecord
 
 
 def save(model: PeftModel, record: TrainingRecord, folder: Path) -> None:

@@ -1,0 +1,239 @@
+"""The command line without Ray: what it says, and how it ends."""
+
+import errno
+import importlib.abc
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+import gradientspace_ray
+from gradientspace_ray import cli
+from gradientspace_ray.recipe import dump_recipe, parse_recipe
+from gradientspace_ray.registry import REGISTRY
+from gradientspace_ray.run import RunDirectory
+
+FREE_SOME_SPACE = "free some space and run the same command again"
+MISSING = "holds no run; start one with: gradientspace run quickstart"
+
+
+def gradientspace(capsys, *arguments):
+    """Exit code, standard output and standard error of a command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gradientspace", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    output, errors = capsys.readouterr()
+    return caught.value.code or 0, output, errors
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """What `serve` looks at before it starts anything."""
+    adapter = {"name": "generalist", "digest": "1", "folder": "generalist"}
+    registry = {"base_model": "x", "max_tokens": 1, "generalist": adapter, "experts": [], "router_digest": "1"}
+    run = RunDirectory(tmp_path)
+    run.write_json(REGISTRY, registry)
+    run.write_json("manifest.json", {"format": 1, "stages": {}})
+    recipe = {
+        "name": "gpu-run",
+        "model": {"name": "x"},
+        "data": {"sources": ["quickstart"]},
+        "router": {"encoder": "x"},
+        "compute": {"device": "cuda", "gpus_per_worker": 1},
+    }
+    run.write_bytes("recipe.yaml", dump_recipe(parse_recipe(recipe)).encode())
+    (tmp_path / "generalist").mkdir()
+    (tmp_path / "router").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """The pipeline, which must not connect to Ray."""
+    from gradientspace_ray import pipeline
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(pipeline, "connect", lambda device: pytest.fail("Ray was started"))
+    return pipeline
+
+
+def test_the_command_line_loads_neither_ray_nor_torch():
+    code = "import sys, gradientspace_ray.cli\nassert not {'ray', 'torch', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", [("status",), ("report",), ("route",), ("serve",)])
+def test_a_folder_without_a_run_is_the_same_line_in_every_command(capsys, tmp_path, command):
+    prompt = ["hello"] if command == ("route",) else []
+    for folder in (tmp_path, tmp_path / "[nowhere]"):
+        code, output, errors = gradientspace(capsys, *command, folder, *prompt)
+        assert (code, output, errors) == (1, "", f"error: {folder} {MISSING}\n")
+
+
+def full_disk_in_a_stage():
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/data/rows.bin")
+        except OSError as error:
+            raise RuntimeError("gradients: No space left on device (traceback: error.log)") from error
+    except RuntimeError as error:
+        return error
+
+
+def answer(status, **body):
+    return httpx.Response(status, request=httpx.Request("POST", "http://here"), **body)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("first line\nsecond line"), "first line"),
+        (KeyError(), "KeyError"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.bin"), f"the disk is full (a.bin); {FREE_SOME_SPACE}"),
+        (full_disk_in_a_stage(), f"the disk is full (/data/rows.bin); {FREE_SOME_SPACE}"),
+        (httpx.ReadTimeout("timed out"), "the endpoint does not answer (ReadTimeout: timed out)"),
+        (httpx.ConnectError("refused"), "the endpoint does not answer (ConnectError: refused)"),
+        (httpx.HTTPStatusError("502 Bad Gateway", request=None, response=answer(502)), "502 Bad Gateway"),
+        (httpx.InvalidURL("Invalid port: 'x'"), "Invalid port: 'x'"),
+        (RayError("the cluster is gone"), "the cluster is gone"),
+        (RayTaskError("f", "Traceback\nOSError: no bucket", OSError("no bucket")), "no bucket"),
+    ],
+)
+def test_expected_errors_are_one_line_and_exit_code_1(capsys, monkeypatch, error, line):
+    def fail(run_dir):
+        raise error
+
+    monkeypatch.setattr(cli, "RunDirectory", fail)
+    assert gradientspace(capsys, "status", "x") == (1, "", f"error: {line}\n")
+
+
+def test_errors_that_nobody_expects_keep_their_traceback(monkeypatch):
+    def fail(run_dir):
+        raise TypeError("a mistake in this package")
+
+    monkeypatch.setattr(cli, "RunDirectory", fail)
+    monkeypatch.setattr(sys, "argv", ["gradientspace", "status", "x"])
+    with pytest.raises(TypeError, match="a mistake"):
+        cli.main()
+
+
+class Interrupted(importlib.abc.MetaPathFinder):
+    """Ctrl-C while the pipeline is imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "gradientspace_ray.pipeline":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "what_now"),
+    [("run", "run the same command again to continue where it stopped"), ("serve", "the endpoint has stopped")],
+)
+def test_ctrl_c_during_the_imports_is_one_line_and_exit_code_130(capsys, monkeypatch, run_dir, command, what_now):
+    monkeypatch.delitem(sys.modules, "gradientspace_ray.pipeline", raising=False)
+    monkeypatch.delattr(gradientspace_ray, "pipeline", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    arguments = ["quickstart", "--run-dir", run_dir] if command == "run" else [run_dir]
+    code, output, errors = gradientspace(capsys, command, *arguments)
+    assert (code, output, errors) == (130, f"\ninterrupted; {what_now}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("--port", "70000"), ("--port", "-1"), ("--device", "tpu"), ("--nothing",)])
+def test_usage_errors_exit_with_2(capsys, run_dir, arguments):
+    code, _, errors = gradientspace(capsys, "serve", run_dir, *arguments)
+    assert code == 2
+    assert arguments[0] in errors
+
+
+def test_what_cannot_be_served_is_told_before_ray_starts(capsys, pipeline, run_dir):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        _, _, errors = gradientspace(capsys, "serve", run_dir, "--device", "cpu", "--port", port)
+        assert errors == f"error: port {port} on 127.0.0.1 is in use; choose another with --port\n"
+    (run_dir / "router").rmdir()
+    _, _, errors = gradientspace(capsys, "serve", run_dir, "--device", "cpu", "--port", 0)
+    assert errors == f"error: {run_dir}: router is missing; finish the run with: gradientspace run\n"
+    (run_dir / REGISTRY).unlink()
+    _, _, errors = gradientspace(capsys, "serve", run_dir, "--device", "cpu", "--port", 0)
+    assert f"{REGISTRY} is missing, the run has no router yet" in errors
+
+
+@pytest.mark.parametrize(("option", "device", "gpus"), [([], "cuda", 1), (["--device", "cpu"], "cpu", 0)])
+def test_the_run_s_device_is_the_default(capsys, monkeypatch, pipeline, run_dir, option, device, gpus):
+    from gradientspace_ray.serving import app
+
+    def build(arguments):
+        assert (arguments.device, arguments.gpus_per_replica) == (device, gpus)
+        raise RuntimeError("as far as this test goes")
+
+    monkeypatch.setattr(app, "build", build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "as far as this test goes" in gradientspace(capsys, "serve", run_dir, "--port", 0, *option)[2]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    missing = "this machine has no CUDA GPU for the experts; serve with --device cpu"
+    assert (missing in gradientspace(capsys, "serve", run_dir, "--port", 0, *option)[2]) == (device == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warned"),
+    [
+        ("127.0.0.1", None, False),
+        ("::1", None, False),
+        ("localhost", None, False),
+        ("0.0.0.0", None, True),
+        ("::", None, True),
+        ("my-host", None, True),
+        ("0.0.0.0", "secret", False),
+    ],
+)
+def test_an_endpoint_that_others_reach_without_a_key_comes_with_a_warning(capsys, monkeypatch, host, key, warned):
+    monkeypatch.delenv(cli.API_KEY_ENV, raising=False)
+    if key:
+        monkeypatch.setenv(cli.API_KEY_ENV, key)
+    cli._announce("runs/[a]", host, "http://[::1]:8000")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Serving runs/[a] at http://[::1]:8000/v1 (model: auto)")
+    assert (f'-H "Authorization: Bearer ${cli.API_KEY_ENV}"' in lines[1]) == bool(key)
+    assert "secret" not in "".join(lines)
+    assert [line for line in lines if line.startswith("warning: ")] == lines[2:]
+    assert len(lines) == 2 + warned
+
+
+HEADERS = {
+    "x-gradientspace-expert": "count-sum",
+    "x-gradientspace-confidence": "0.9876",
+    "x-gradientspace-reason": "routed",
+    "x-gradientspace-router-ms": "3.1",
+}
+
+
+def test_an_answer_is_the_prompt_the_decision_and_the_text(capsys, monkeypatch):
+    def post(url, json, headers, timeout):
+        assert url == "http://here/v1/chat/completions"
+        assert headers == {"authorization": "Bearer secret"}
+        assert json["messages"] == [{"role": "user", "content": "[b]2+2[/b]"}]
+        return answer(200, headers=HEADERS, json={"choices": [{"message": {"content": "\n[red]4\n"}}]})
+
+    monkeypatch.setenv(cli.API_KEY_ENV, "secret")
+    monkeypatch.setattr(httpx, "post", post)
+    cli._show_answer("http://here", "[b]2+2[/b]")
+    shown = "".join(f"{name}: {value}\n" for name, value in HEADERS.items())
+    assert capsys.readouterr().out == f"\n[b]2+2[/b]\n{shown}[red]4\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [({"json": {"error": {"message": "no room"}}}, "no room"), ({"text": "<html>"}, "Service Unavailable")],
+)
+def test_an_answer_that_is_an_error_says_the_server_s_reason(monkeypatch, body, reason):
+    monkeypatch.delenv(cli.API_KEY_ENV, raising=False)
+    monkeypatch.setattr(httpx, "post", lambda url, **request: answer(503, **body))
+    with pytest.raises(RuntimeError, match=f"^the endpoint answered with status 503: {reason}$"):
+        cli._show_answer("http://here", "hello")

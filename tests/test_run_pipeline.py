@@ -1,0 +1,186 @@
+"""What is skipped, repeated and recorded, with stages that write their outputs and do nothing else."""
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from gradientspace_ray import pipeline
+from gradientspace_ray.models.loading import ModelError, load_tokenizer
+from gradientspace_ray.pipeline import STAGES, StageFailedError, one_line, run_pipeline
+from gradientspace_ray.recipe import parse_recipe
+from gradientspace_ray.run import RunDirectory, RunError, Summary
+
+NAMES = [stage.name for stage in STAGES]
+
+
+class Line:
+    """The real stages' names, digests and outputs, with functions that only count; one may be made to fail."""
+
+    def __init__(self, monkeypatch):
+        self.ran = []
+        self.connected = 0
+        self.failure = {}
+        self.output = {}
+        monkeypatch.setattr(pipeline, "STAGES", tuple(self._quick(stage) for stage in STAGES))
+        monkeypatch.setattr(pipeline, "connect", self._connect)
+
+    def _connect(self, device):
+        self.connected += 1
+
+    def _quick(self, stage):
+        def function(recipe, run):
+            self.ran.append(stage.name)
+            if stage.name in self.failure:
+                raise self.failure[stage.name]
+            for name in stage.outputs:
+                run.write_bytes(name, b"made")
+            return Summary(made=f"[{stage.name}]", counts={"things": 1}, output=self.output.get(stage.name))
+
+        return dataclasses.replace(stage, functions=(function,))
+
+
+@pytest.fixture
+def line(monkeypatch):
+    return Line(monkeypatch)
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def recipe(model_dir):
+    return parse_recipe({"name": "x", "model": {"name": str(model_dir)}, "data": {"sources": ["quickstart"]}})
+
+
+def run_all(recipe, run, **options):
+    screen = io.StringIO()
+    records = run_pipeline(recipe, run, Console(file=screen, width=200), **options)
+    return records, screen.getvalue()
+
+
+def changed(recipe, section, **values):
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ctrl_c_in_any_stage_repeats_that_stage_alone(line, recipe, tmp_path, name):
+    run = RunDirectory(tmp_path / "run")
+    line.failure = {name: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run_all(recipe, run)
+    before = NAMES[: NAMES.index(name)]
+    statuses = {stage: record.status for stage, record in run.manifest().stages.items()}
+    assert statuses == dict.fromkeys(before, "done") | {name: "interrupted"}
+    assert not run.exists("lease.json")
+    line.failure, line.ran = {}, []
+    records, _ = run_all(recipe, run)
+    assert line.ran == NAMES[len(before) :]
+    assert all(record.status == "done" for record in records.values())
+
+
+def test_a_finished_run_starts_nothing(line, recipe, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run_all(recipe, run)
+    line.ran, line.connected = [], 0
+    _, shown = run_all(recipe, run)
+    assert line.ran == []
+    assert line.connected == 0
+    assert "cluster    done before: [cluster]" in shown
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        ("report", {}, []),
+        ("experts", {"max_concurrent": 7, "tokens_per_batch": 64}, []),
+        ("gradients", {"workers": 5}, []),
+        ("evaluate", {"confidence": 0.9}, ["evaluate", "report"]),
+        ("router", {"max_tokens": 32}, ["router", "evaluate", "report"]),
+        ("clusters", {"neighbours": 3}, ["cluster", "experts", "router", "evaluate", "report"]),
+        ("sketch", {"rank": 8}, ["gradients", "cluster", "experts", "router", "evaluate", "report"]),
+        ("warmup", {"epochs": 2.0}, NAMES[1:]),
+    ],
+)
+def test_a_changed_key_runs_its_stage_and_what_follows(line, recipe, tmp_path, section, values, expected):
+    run = RunDirectory(tmp_path / "run")
+    run_all(recipe, run)
+    line.ran = []
+    run_all(changed(recipe, section, **values) if values else recipe, run)
+    assert line.ran == expected
+
+
+def test_what_follows_is_skipped_when_the_output_is_the_same(line, recipe, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    line.output = {"cluster": "same"}
+    run_all(recipe, run)
+    line.ran = []
+    run_all(changed(recipe, "clusters", neighbours=3), run)
+    assert line.ran == ["cluster"]
+    line.ran = []
+    run_all(changed(recipe, "clusters", neighbours=3), run, again="cluster")
+    assert line.ran == ["cluster"]
+
+
+def test_a_lost_output_is_made_again(line, recipe, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run_all(recipe, run)
+    run.delete("generalist")
+    line.ran = []
+    run_all(recipe, run)
+    assert line.ran == ["warmup"]
+
+
+def test_another_model_in_the_same_folder_is_another_model(line, recipe, tmp_path, model_dir):
+    run = RunDirectory(tmp_path / "run")
+    line.output = {"prepare": "same tokens"}
+    run_all(recipe, run)
+    (model_dir / "model.safetensors").write_bytes(b"retrained")
+    line.ran = []
+    run_all(recipe, run)
+    assert line.ran == NAMES
+
+
+def test_until_ends_after_a_stage(line, recipe, tmp_path):
+    records, _ = run_all(recipe, RunDirectory(tmp_path / "run"), until="cluster")
+    assert list(records) == NAMES[:4] == line.ran
+
+
+def test_a_failure_is_one_line_and_its_traceback_is_kept(line, recipe, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    try:
+        raise RunError("x.json is missing; make it") from FileNotFoundError("[Errno 2] x.json")
+    except RunError as error:
+        line.failure = {"cluster": error}
+    with pytest.raises(StageFailedError, match=r"^cluster: x\.json is missing; make it \(traceback: .*error\.log\)$"):
+        run_all(recipe, run)
+    assert run.manifest().stages["cluster"].error == "x.json is missing; make it"
+    assert "Errno 2" in run.read_bytes("error.log").decode()
+
+
+def test_a_model_that_cannot_be_had_says_how_to_get_it():
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer("nobody/nothing")
+    assert "give a local folder, or a Hugging Face name" in one_line(caught.value)
+
+
+@pytest.mark.ray
+def test_a_failure_on_a_worker_is_its_own_message(ray_cluster):
+    import ray
+
+    @ray.remote(max_retries=0)
+    def fail():
+        try:
+            raise OSError(2, "no such file")
+        except OSError as error:
+            raise ValueError("shard 3 is damaged; delete it") from error
+
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(fail.remote())
+    assert one_line(caught.value) == "shard 3 is damaged; delete it"
