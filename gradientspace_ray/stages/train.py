@@ -25,14 +25,7 @@ from peft import PeftModel
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from gradientspace_ray.models.loading import (
-    ModelError,
-    add_lora,
-    load_adapter,
-    load_base,
-    model_fingerprint,
-    product_dtype,
-)
+from gradientspace_ray.models import loading
 from gradientspace_ray.recipe import Recipe, TrainingSection, parse_recipe
 from gradientspace_ray.registry import adapter_digest, committed_digest
 from gradientspace_ray.run import RunDirectory, RunError, Summary, digest_of
@@ -49,7 +42,7 @@ STOP_TIMEOUT_S = 15.0
 ORDER_PURPOSE = {"warmup": 1, "experts": 2}
 NOT_IN_KEY = {"max_concurrent", "single_lora", "tokens_per_batch"}
 # Mistakes that a second try would repeat, but that one worker of several may meet alone.
-LASTING_ERRORS = (ModelError, RunError)
+LASTING_ERRORS = (loading.ModelError, RunError)
 LAUNCHER_ENV = {
     # The controller asks its workers for news this often; the default of two seconds is long beside a short finetune.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -135,7 +128,7 @@ def _plan(
     key = {
         "name": name,
         "seed": recipe.seed,
-        "model": [recipe.model.model_dump(mode="json"), model_fingerprint(recipe.model.name)],
+        "model": [recipe.model.model_dump(mode="json"), loading.model_fingerprint(recipe.model.name)],
         "lora": recipe.lora.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude=NOT_IN_KEY),
         "examples": table["id"].to_pylist(),
@@ -328,7 +321,9 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, finetune: Finetune, boa
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     # DeepSpeed picks its accelerator when it is imported, and only a worker's environment names the right one.
     deepspeed = import_module("deepspeed")
-    engine = build_engine(deepspeed, model, trainable, settings, product_dtype(recipe.model.compute_dtype, device))
+    engine = build_engine(
+        deepspeed, model, trainable, settings, loading.product_dtype(recipe.model.compute_dtype, device)
+    )
     first = context.get_world_rank() == 0
 
     def on_step(step: int, total: int, loss: float) -> None:
@@ -366,10 +361,10 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, finetune: Finetune, boa
 
 def _load(recipe: Recipe, run: RunDirectory, start: str | None, device: torch.device) -> PeftModel:
     """The base model with the adapter to train, fresh or continued."""
-    base = load_base(recipe.model.name, recipe.model.dtype, device)
+    base = loading.load_base(recipe.model.name, recipe.model.dtype, device)
     if start:
-        return load_adapter(base, run.fetch(start), trainable=True)
-    return add_lora(base, recipe.lora.rank, recipe.lora.alpha, recipe.lora.target_modules, recipe.seed)
+        return loading.load_adapter(base, run.fetch(start), trainable=True)
+    return loading.add_lora(base, recipe.lora.rank, recipe.lora.alpha, recipe.lora.target_modules, recipe.seed)
 
 
 def build_engine(
