@@ -163,7 +163,7 @@ def _deepspeed_worker(rank, world_size, port, folder):
     for zero_stage in range(4):
         model = segmented_model()
         settings = SETTINGS.model_copy(update={"zero_stage": zero_stage})
-        engine = stage.build_engine(deepspeed, model, trainable(model), settings, "float32")
+        engine = stage.build_engine(deepspeed, model, trainable(model), settings, torch.float32)
         assert engine.zero_optimization_stage() == zero_stage
         outcome = train(
             engine, EXAMPLES, STEPS[:8], **SCHEDULE, tokens_per_batch=60, world_rank=rank, world_size=world_size

@@ -321,9 +321,8 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, finetune: Finetune, boa
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     # DeepSpeed picks its accelerator when it is imported, and only a worker's environment names the right one.
     deepspeed = import_module("deepspeed")
-    engine = build_engine(
-        deepspeed, model, trainable, settings, loading.product_dtype(recipe.model.compute_dtype, device)
-    )
+    compute_dtype = loading.product_dtype(recipe.model.compute_dtype, device)
+    engine = build_engine(deepspeed, model, trainable, settings, compute_dtype)
     first = context.get_world_rank() == 0
 
     def on_step(step: int, total: int, loss: float) -> None:
