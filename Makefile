@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/gradientspace run quickstart --run-dir $(RUN_DIR)
 	$(BIN)/gradientspace serve $(RUN_DIR) --port 0 \
-	  --ask "Write a Python function that merges two sorted lists into one." \
+	  --ask "Write a Python function that returns the last element of a list." \
 	  --ask "Begin a story about a lighthouse keeper who finds a locked door."
 
 lint: setup
