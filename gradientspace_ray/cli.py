@@ -113,12 +113,11 @@ def serve(
         from gradientspace_ray.serving import app as serving
 
         chosen = device.value if device else _device_of(directory)
-        port = serving.free_port(host, port)
         serving.check_device(chosen)
         settings = {"run_dir": directory.uri, "device": chosen, "start_attempts": 1}
         settings["gpus_per_replica"] = 1 if chosen == Device.CUDA.value else 0
-        application = serving.build(serving.ServeArguments.model_validate(settings))
-        with pipeline.disconnecting():
+        with serving.reserved_port(host, port) as port, pipeline.disconnecting():
+            application = serving.build(serving.ServeArguments.model_validate(settings))
             pipeline.connect(chosen)
             _stop_on_sigterm()  # Ray sets its own handler when it starts
             with serving.endpoint(application, host, port) as url:

@@ -148,14 +148,30 @@ def test_a_port_in_use_is_one_line_that_names_it(family, host):
         other.bind((host, 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(OSError, match=f"^port {port} on {host} is in use; choose another with --port$"):
-            app.free_port(host, port)
-    assert app.free_port(host, 0) > 0
+        refused = pytest.raises(OSError, match=f"^port {port} on {host} is in use; choose another with --port$")
+        with refused, app.reserved_port(host, port):
+            pass
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_reserved_port_is_for_a_server_that_shares_it(family, host):
+    with app.reserved_port(host, 0) as port, socket.socket(family) as other, socket.socket(family) as server:
+        with pytest.raises(OSError, match="in use"):
+            other.bind((host, port))
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        server.bind((host, port))
+        server.listen()
+        with socket.create_connection((host, port), timeout=5), server.accept()[0]:
+            pass
+    with app.reserved_port(host, port) as again:
+        assert again == port
 
 
 def test_an_address_of_another_machine_is_one_line_that_names_it():
-    with pytest.raises(OSError, match=r"^port 8000 on 192.0.2.1: .*; choose another --host or --port$"):
-        app.free_port("192.0.2.1", 8000)
+    refused = pytest.raises(OSError, match=r"^port 8000 on 192.0.2.1: .*; choose another --host or --port$")
+    with refused, app.reserved_port("192.0.2.1", 8000):
+        pass
 
 
 def test_a_gpu_is_only_missed_where_ray_would_run_here(monkeypatch):

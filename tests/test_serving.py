@@ -20,7 +20,7 @@ from tiny_run import COUNTING, EXPERTS, STORIES, make_run
 from gradientspace_ray.examples.rendering import IGNORED, Renderer
 from gradientspace_ray.models.loading import load_base, load_tokenizer
 from gradientspace_ray.registry import read_registry, write_registry
-from gradientspace_ray.serving.app import ServeArguments, build, endpoint, free_port
+from gradientspace_ray.serving.app import ServeArguments, build, endpoint, reserved_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 API_KEY = "sk-test-key"
@@ -38,10 +38,12 @@ def run(tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
     return make_run(tmp_path_factory.mktemp("serving") / "run", tiny_model_dir, tiny_encoder_dir)
 
 
+@contextlib.contextmanager
 def on_a_cluster(ray_cluster, run, **arguments):
     """An endpoint on a Ray that lives on, as one at RAY_ADDRESS does."""
     application = build(ServeArguments(run_dir=run.uri, **arguments))
-    return endpoint(application, "127.0.0.1", free_port("127.0.0.1", 0))
+    with reserved_port("127.0.0.1", 0) as port, endpoint(application, "127.0.0.1", port) as url:
+        yield url
 
 
 def test_an_endpoint_that_does_not_start_says_why_and_leaves_nothing(ray_cluster, run, monkeypatch):

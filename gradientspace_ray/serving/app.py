@@ -130,7 +130,7 @@ def endpoint(application: Application, host: str, port: int) -> Iterator[str]:
     Args:
         application: what `build` returns.
         host: address to listen on.
-        port: what `free_port` returns.
+        port: what `reserved_port` yields.
 
     Yields:
         The endpoint's base URL, without `/v1`, as this machine reaches it. It answers.
@@ -211,8 +211,12 @@ def _api_key_sha256(variable: str | None) -> str | None:
     return hashlib.sha256(key.encode()).hexdigest() if key else None
 
 
-def free_port(host: str, port: int) -> int:
-    """The port to listen on. Serve shares ports (SO_REUSEPORT), so it would start beside another program.
+@contextlib.contextmanager
+def reserved_port(host: str, port: int) -> Iterator[int]:
+    """The port to listen on, kept for the length of the block: Ray opens many ports when it starts, perhaps this one.
+
+    Serve gets past the reservation because its sockets share ports (SO_REUSEPORT); for the same reason it would start
+    beside another server, so a port that is taken is refused here.
 
     Args:
         host: address to listen on.
@@ -221,16 +225,22 @@ def free_port(host: str, port: int) -> int:
     Raises:
         OSError: the port is taken, or the address is not this machine's.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe, socket.socket(family) as held:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
-            probe.bind((host, port))
+            if port:
+                probe.bind((host, port))
+                probe.close()
+            held.bind((host, port))
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise OSError(f"port {port} on {host} is in use; choose another with --port") from error
             place = f"port {port} on {host}"
+            if error.errno == errno.EADDRINUSE:
+                raise OSError(f"{place} is in use; choose another with --port") from error
             raise OSError(f"{place}: {error.strerror}; choose another --host or --port") from error
-        return int(probe.getsockname()[1])
+        yield int(held.getsockname()[1])
 
 
 def _wait_for(url: str) -> None:
