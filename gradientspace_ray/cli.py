@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gradientspace_ray import recipe as recipes
+from gradientspace_ray.errors import one_line
 from gradientspace_ray.run import Manifest, RunDirectory
 
 app = typer.Typer(
@@ -53,13 +54,15 @@ def run(
         list[str] | None, typer.Option("--set", help="Override a key, as in --set experts.epochs=2; repeatable.")
     ] = None,
     until: Annotated[str | None, typer.Option(help=f"Last stage to run: {', '.join(recipes.STAGES)}.")] = None,
-    again: Annotated[str | None, typer.Option(help="Run this stage once more, although it is done.")] = None,
+    again: Annotated[str | None, typer.Option(help="Remove what this stage made; run it and what follows.")] = None,
 ) -> None:
     """Run a recipe from dataset to router. Finished stages are skipped, so the same command also resumes."""
     settings = recipes.load_recipe(recipe, assignments or [])
     for option, stage in (("--until", until), ("--again", again)):
         if stage is not None and stage not in recipes.STAGES:
             raise recipes.RecipeError(f"{option} {stage}: no such stage; stages are {', '.join(recipes.STAGES)}")
+    if until and again and recipes.STAGES.index(again) > recipes.STAGES.index(until):
+        raise recipes.RecipeError(f"--again {again}: it follows --until {until}; give an earlier stage")
     directory = RunDirectory(run_dir or f"runs/{settings.name}")
     with _interruptible("run the same command again to continue where it stopped"):
         from gradientspace_ray import pipeline
@@ -233,11 +236,7 @@ def explain(error: Exception) -> str:
             return f"the disk is full ({place}); free some space and run the same command again"
     if isinstance(error, httpx.TransportError):
         return f"the endpoint does not answer ({type(error).__name__}: {error})"
-    # The text of what Ray carries from a worker begins with a traceback; the error itself is its cause.
-    while isinstance(error, _ray_errors()) and isinstance(cause := getattr(error, "cause", None), Exception):
-        error = cause
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return one_line(error)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -15,8 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from gradientspace_ray import __version__
+from gradientspace_ray.errors import one_line
 from gradientspace_ray.examples import formats
-from gradientspace_ray.models.loading import model_fingerprint
+from gradientspace_ray.lease import Lease
+from gradientspace_ray.models.fingerprint import model_fingerprint
+from gradientspace_ray.models.loading import chosen_compute_dtype
 from gradientspace_ray.recipe import Recipe, dump_recipe
 from gradientspace_ray.run import RunDirectory, StageRecord, Summary, digest_of
 from gradientspace_ray.stages import cluster, extract, merge, prepare, report, route, score, train
@@ -73,7 +76,7 @@ STAGES = (
         (extract.extract, merge.merge),
         ("model", "gradients", "sketch"),
         ("prepare", "warmup"),
-        ("sketch/coordinates.parquet", "sketch/spectrum.json"),
+        ("sketch/rows", "sketch/coordinates.parquet", "sketch/spectrum.json"),
     ),
     Stage(
         "cluster",
@@ -94,7 +97,7 @@ STAGES = (
         (_score_validation, route.router),
         ("seed", "model", "router"),
         ("prepare", "cluster", "experts"),
-        ("router", "registry.json"),
+        ("evaluation/losses.validation.parquet", "router", "registry.json"),
     ),
     Stage(
         "evaluate",
@@ -170,6 +173,12 @@ def stage_digest(stage: Stage, recipe: Recipe, run: RunDirectory) -> str:
     return digest_of({"stage": stage.name, "recipe": parts, "inputs": inputs})
 
 
+def _with_compute_dtype(recipe: Recipe) -> Recipe:
+    """The recipe with `auto` decided here, once for all workers, so that digests know what was computed."""
+    dtype = chosen_compute_dtype(recipe.model.compute_dtype, recipe.compute.device)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"compute_dtype": dtype})})
+
+
 def run_pipeline(
     recipe: Recipe, run: RunDirectory, console: Console, until: str | None = None, again: str | None = None
 ) -> dict[str, StageRecord]:
@@ -180,7 +189,7 @@ def run_pipeline(
         run: where stages meet.
         console: where the stages are announced.
         until: the last stage; None runs all.
-        again: a stage that is not skipped. What follows it runs when its output differs from before.
+        again: a stage whose output is removed first; it and all that follow run.
 
     Returns:
         Stage name -> record, for the stages up to `until`.
@@ -190,22 +199,26 @@ def run_pipeline(
         StageFailedError: a stage ended with an error; what was committed before is kept.
     """
     names = [stage.name for stage in STAGES]
+    recipe = _with_compute_dtype(recipe)
     chosen = STAGES[: names.index(until) + 1] if until else STAGES
     # Ray's C++ core warns on the driver's terminal about what Ray Data does; errors come back as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with run.lease() as lease:
+    with Lease(run) as lease:
         run.write_bytes("recipe.yaml", dump_recipe(recipe).encode())
         run.delete(".staging")
         for stage in chosen:
             digest = stage_digest(stage, recipe, run)
-            record = _current_record(stage, digest, run)
-            if record and stage.name != again:
+            forced = again is not None and names.index(stage.name) >= names.index(again)
+            record = None if forced else _current_record(stage, digest, run)
+            if record:
                 console.print(f"[dim]{stage.name:<10} done before: {escape(record.made)}[/dim]")
                 continue
             lease.check()
             connect(recipe.compute.device)
             console.print(f"[bold]{stage.name}[/bold]")
-            record = _run_stage(stage, digest, recipe, run)
+            if stage.name == again:
+                _forget(stage, run)
+            record = _run_stage(stage, digest, recipe, run, lease)
             console.print(f"[green]{stage.name:<10}[/green] {record.seconds:.0f} s: {escape(record.made)}")
     records = run.manifest().stages
     return {stage.name: records[stage.name] for stage in chosen}
@@ -216,10 +229,16 @@ def _current_record(stage: Stage, digest: str, run: RunDirectory) -> StageRecord
     record = run.manifest().stages.get(stage.name)
     if record is None or record.status != "done" or record.digest != digest:
         return None
-    return record if all(run.exists(name) for name in stage.outputs) else None
+    return record if all(run.exists(name) for name in (*stage.outputs, *record.outputs)) else None
 
 
-def _run_stage(stage: Stage, digest: str, recipe: Recipe, run: RunDirectory) -> StageRecord:
+def _forget(stage: Stage, run: RunDirectory) -> None:
+    record = run.manifest().stages.get(stage.name)
+    for name in (*stage.outputs, *(record.outputs if record else ())):
+        run.delete(name)
+
+
+def _run_stage(stage: Stage, digest: str, recipe: Recipe, run: RunDirectory, lease: Lease) -> StageRecord:
     started_at, clock = time.time(), time.monotonic()
     versions = {"gradientspace-ray": __version__} | {name: metadata.version(name) for name in REPORTED_PACKAGES}
     running = StageRecord(status="running", digest=digest, versions=versions, started_at=started_at)
@@ -242,15 +261,7 @@ def _run_stage(stage: Stage, digest: str, recipe: Recipe, run: RunDirectory) -> 
         end(status="failed", error=one_line(error))
         run.write_bytes("error.log", "".join(traceback.format_exception(error)).encode())
         raise StageFailedError(f"{stage.name}: {one_line(error)} (traceback: {run.path('error.log')})") from error
-    return end(status="done", output=summary.output or digest, made=summary.made, counts=counts)
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, in one line, for an error raised here or on a Ray worker."""
-    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        error = error.cause
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    # What Ray could not bring over as an exception is a traceback, whose last line says it.
-    return lines[-1] if isinstance(error, ray.exceptions.RayTaskError) else lines[0]
+    lease.check()
+    return end(
+        status="done", output=summary.output or digest, made=summary.made, counts=counts, outputs=summary.outputs
+    )

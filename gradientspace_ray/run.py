@@ -10,13 +10,10 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import tempfile
-import threading
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,10 +22,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-MANIFEST, LEASE, LEASE_LOCK = "manifest.json", "lease.json", "lease.lock"
-LEASE_FRESH_S, LEASE_RENEWAL_S = 30.0, 10.0
-# Object stores cannot create exclusively: drivers that start at once see after this pause whose lease was written last.
-LEASE_SETTLE_S = 1.0
+MANIFEST = "manifest.json"
+COPIES = "gradientspace-fetched-"
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -44,6 +39,8 @@ class Summary(BaseModel):
     counts: dict[str, Any] = {}
     output: str | None = None
     """Digest of what was made, where that is known better than by the digest of the stage's inputs."""
+    outputs: tuple[str, ...] = ()
+    """Names in the run directory that the stage made, beside those that every run of it makes."""
 
 
 class StageRecord(BaseModel):
@@ -58,6 +55,8 @@ class StageRecord(BaseModel):
     made: str = ""
     counts: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    outputs: tuple[str, ...] = ()
+    """See `Summary`."""
     started_at: float = 0.0
     """Unix time."""
     error: str | None = None
@@ -75,20 +74,6 @@ def digest_of(value: Any) -> str:
     """Sixteen hex digits of the SHA-256 of a JSON-able value; equal values give equal digests on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Holder(BaseModel):
-    """Contents of `lease.json`: the driver that holds the run directory."""
-
-    owner: str
-    host: str
-    pid: int
-    renewed_at: float
-
-    def is_at_work(self) -> bool:
-        """Whether the lease is fresh, and its process not known to be dead."""
-        gone = self.host == socket.gethostname() and not _is_alive(self.pid)
-        return not gone and time.time() - self.renewed_at < LEASE_FRESH_S
 
 
 class RunDirectory:
@@ -299,98 +284,23 @@ class RunDirectory:
         manifest.stages[stage] = record
         self.write_json(MANIFEST, manifest.model_dump(mode="json"))
 
-    def lease(self) -> "Lease":
-        """This driver's hold on the run directory, as a context; renewed until it is left.
-
-        Entering it raises RunError when another driver holds the run directory, and its lease is fresh.
-        """
-        return Lease(self)
-
-
-class Lease:
-    """One driver's hold on a run directory."""
-
-    def __init__(self, run: RunDirectory) -> None:
-        self._run, self._owner = run, uuid.uuid4().hex
-        self._ended = threading.Event()
-        self._renewal = threading.Thread(target=self._renew, name="run-lease", daemon=True)
-
-    def __enter__(self) -> "Lease":
-        with self._alone() if self._run.is_local else nullcontext():
-            holder = self._holder()
-            if holder and holder.is_at_work():
-                raise RunError(
-                    f"{self._run.uri} is in use by process {holder.pid} on {holder.host}; "
-                    f"wait for it, stop it, or give another --run-dir"
-                )
-            self._write()
-        if not self._run.is_local:
-            time.sleep(LEASE_SETTLE_S)
-            self.check()
-        self._renewal.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._renewal.join()
-        # A lease that cannot be removed goes stale by itself.
-        with suppress(RunError, OSError):
-            self.check()
-            self._run.delete(LEASE)
-
-    def check(self) -> None:
-        """Make sure that the run directory is still this driver's.
-
-        Raises:
-            RunError: another driver took over, as it may when this one could not renew its lease for long.
-        """
-        holder = self._holder()
-        if holder is None or holder.owner != self._owner:
-            raise RunError(f"{self._run.uri}: another driver took over; let it finish, then run again")
-
-    def _renew(self) -> None:
-        with suppress(RunError):
-            while not self._ended.wait(LEASE_RENEWAL_S):
-                # The lease outlives two renewals that fail: disk or network may be back for the third.
-                with suppress(OSError):
-                    self.check()
-                    self._write()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other drivers from taking the lease meanwhile."""
-        lock = Path(self._run.path(LEASE_LOCK))
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.touch(exist_ok=False)
-        except FileExistsError:
-            raise RunError(f"{lock} is there: another driver starts; if none does, delete it and run again") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-    def _holder(self) -> Holder | None:
-        """Whose lease is there; None for no lease, and for one that is not readable."""
-        with suppress(RunError):
-            return self._run.read_model(LEASE, Holder)
-        return None
-
-    def _write(self) -> None:
-        holder = Holder(owner=self._owner, host=socket.gethostname(), pid=os.getpid(), renewed_at=time.time())
-        self._run.write_json(LEASE, holder.model_dump())
-
 
 @functools.cache
 def _copies(pid: int) -> Path:
     """The folder of what this process fetched, removed when it ends; a forked child makes its own."""
-    folder = Path(tempfile.mkdtemp(prefix="gradientspace-fetched-"))
+    # Ray kills its workers, and what a killed process leaves behind is removed by the next one.
+    for left in Path(tempfile.gettempdir()).glob(f"{COPIES}*"):
+        owner = left.name.removeprefix(COPIES).partition("-")[0]
+        if owner.isdecimal() and not is_alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{COPIES}{pid}-"))
     # A forked child inherits what is to be done at exit, but not the folder.
     atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == pid else None)
     return folder
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether this machine runs a process of this number."""
     try:
         os.kill(pid, 0)
     except OSError as error:

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "gradientspace_ray"
 NOUNS = {
     "recipe": set(),
+    "errors": set(),
     "run": set(),
+    "lease": {"run"},
     "registry": {"run"},
     "examples": {"recipe"},
     "models": {"recipe", "examples"},
@@ -31,8 +33,16 @@ MAY_IMPORT = (
     | {
         "stages.progress": set(),
         "serving": {"registry", "run", "examples", "router", "engine", "models"},
-        "pipeline": {"recipe", "run", "examples", "models", *(f"stages.{stage}" for stage in STAGES)},
-        "cli": {"recipe", "run", "pipeline", "serving", "router", "stages.report"},
+        "pipeline": {
+            "recipe",
+            "errors",
+            "run",
+            "lease",
+            "examples",
+            "models",
+            *(f"stages.{stage}" for stage in STAGES),
+        },
+        "cli": {"recipe", "errors", "run", "pipeline", "serving", "router", "stages.report"},
     }
 )
 # The distributed shell: the only places that may name these libraries.

@@ -11,6 +11,7 @@ import ray
 import torch
 from synthetic_run import synthetic_recipe, write_adapter, write_examples
 
+from gradientspace_ray.errors import one_line
 from gradientspace_ray.models.loading import load_adapter, load_base
 from gradientspace_ray.run import RunDirectory, RunError, digest_of
 from gradientspace_ray.sketch.columns import load_sketch
@@ -97,8 +98,8 @@ def test_a_gradient_that_is_not_finite_names_its_example(tiny_model_dir, tmp_pat
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_sketch_of_a_run_is_that_of_its_gradients(ray_cluster, tiny_model_dir, tmp_path, capfd):
-    run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir)
+def test_sketch_of_a_run_on_an_object_store_is_that_of_its_gradients(ray_cluster, object_store, tiny_model_dir, capfd):
+    run, recipe = new_run(object_store(), tiny_model_dir), recipe_for(tiny_model_dir)
     summary = extract(recipe, run)
     assert summary.counts == {"examples": COUNT, "shards": 5, "shards_reused": 0, "sketches_damaged": 0}
     assert len(run.names("sketch/shards")) == 5
@@ -107,7 +108,7 @@ def test_sketch_of_a_run_is_that_of_its_gradients(ray_cluster, tiny_model_dir, t
     # A committed shard is reused, a damaged one is made again, to the byte.
     damaged = run.names("sketch/shards")[1]
     run.write_bytes(f"sketch/shards/{damaged}/block-00000.safetensors", run_bytes_with_a_flip(run, damaged))
-    shutil.rmtree(run.path(f"sketch/shards/{run.names('sketch/shards')[2]}"))
+    run.delete(f"sketch/shards/{run.names('sketch/shards')[2]}")
     summary = extract(recipe, run)
     assert summary.counts["shards_reused"] == 3
     assert summary.counts["sketches_damaged"] == 1
@@ -182,13 +183,6 @@ def iter_first_parents(node):
         node = node.children[0]
 
 
-def innermost_line(error):
-    """The last line of the innermost cause, which is what the command line shows."""
-    while getattr(error, "cause", None) or error.__cause__:
-        error = getattr(error, "cause", None) or error.__cause__
-    return str(error).strip().splitlines()[-1]
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_one_shard_and_errors_that_name_their_shard(ray_cluster, tiny_model_dir, tmp_path, capfd):
@@ -206,7 +200,7 @@ def test_one_shard_and_errors_that_name_their_shard(ray_cluster, tiny_model_dir,
     with pytest.raises(extract_stage.ShardError) as caught:
         extract(recipe, run)
     assert str(caught.value).startswith("shard 00000.")
-    assert innermost_line(caught.value) == str(caught.value)
+    assert one_line(caught.value) == str(caught.value)
     assert "no token counts" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "Traceback" not in capfd.readouterr().err

@@ -108,6 +108,12 @@ def test_labels_may_be_numbers(tmp_path):
     assert (record.group, record.domain) == ("0", "12")
 
 
+def test_a_domain_that_is_no_text_costs_no_row(tmp_path):
+    source = write_lines(tmp_path / "data.jsonl", ROWS["prompt"] | {"domain": ["sums", "math"]})
+    [record] = read_source(source)
+    assert record.domain is None
+
+
 @pytest.mark.parametrize("length", [100, 101, 250, 100_000])
 def test_a_line_that_is_too_long_is_rejected_and_the_rest_is_read(tmp_path, monkeypatch, length):
     monkeypatch.setattr(formats, "MAX_LINE_BYTES", 100)

@@ -51,19 +51,19 @@ def stage_statuses(run_dir):
 
 @pytest.fixture(scope="module")
 def finished_run(tiny_arguments):
-    """A run that is interrupted with Ctrl-C while workers train, then finished."""
+    """A run that is interrupted with Ctrl-C while Ray Data and while Ray Train are at work, then finished."""
     run_dir, arguments = tiny_arguments
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    wait_until(lambda: stage_statuses(run_dir).get("experts") == "running", process)
-    time.sleep(3)
-    os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=90)
-    assert process.returncode == 130, output + errors
-    assert "interrupted" in output
-    before = STAGES[: STAGES.index("experts")]
-    assert stage_statuses(run_dir) == dict.fromkeys(before, "done") | {"experts": "interrupted"}
+    for stage, at_work in (("gradients", "sketch/plan.json"), ("experts", ".staging/train")):
+        process = subprocess.Popen(
+            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        wait_until(lambda at_work=at_work: (run_dir / at_work).exists(), process)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=90)
+        assert process.returncode == 130, output + errors
+        assert "interrupted" in output
+        before = STAGES[: STAGES.index(stage)]
+        assert stage_statuses(run_dir) == dict.fromkeys(before, "done") | {stage: "interrupted"}
     output = gradientspace(*arguments).stdout
     assert output.count("done before") == len(before)
     return run_dir, arguments, output

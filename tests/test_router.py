@@ -122,6 +122,21 @@ def test_a_saved_router_decides_as_before_and_has_the_same_bytes(tmp_path, tiny_
     assert router.route([]) == []
 
 
+def test_the_digest_of_a_router_changes_with_each_of_its_files(tmp_path):
+    head, settings = LinearHead(np.zeros((2, 4), np.float32), np.zeros(2, np.float32)), settings_for(2)
+    save_router(tmp_path, head, settings)
+    digest = router_digest(tmp_path)
+    save_router(tmp_path, head, settings)
+    assert router_digest(tmp_path) == digest
+    save_router(tmp_path, head, settings.model_copy(update={"threshold": 0.9}))
+    other_settings = router_digest(tmp_path)
+    save_router(tmp_path, LinearHead(np.ones((2, 4), np.float32), head.bias_K), settings)
+    assert len({digest, other_settings, router_digest(tmp_path)}) == 3
+    (tmp_path / HEAD_FILE).unlink()
+    with pytest.raises(FileNotFoundError):
+        router_digest(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "key", "labels"])
 def test_a_damaged_router_is_one_line(tmp_path, damage):
     head = LinearHead(np.zeros((2, 4), np.float32), np.zeros(2, np.float32))

@@ -1,12 +1,10 @@
 import json
 import logging
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,16 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
 
-from gradientspace_ray import run as run_module
 from gradientspace_ray.run import RunDirectory, RunError, StageRecord, digest_of
 
 MARKER = "training.json"
 
 
 @pytest.fixture(params=["local", "s3"])
-def run(request, tmp_path, monkeypatch):
+def run(request, tmp_path):
     """An empty run directory, on this machine's disk and on an object store."""
-    monkeypatch.setattr(run_module, "LEASE_SETTLE_S", 0.05)
     uri = tmp_path / "run" if request.param == "local" else request.getfixturevalue("object_store")()
     return RunDirectory(uri)
 
@@ -257,6 +253,17 @@ def test_copies_are_a_process_s_own_and_go_with_it(remote):
     assert not any(Path(copy).parents[1].exists() for copy in copies)
 
 
+def test_what_a_killed_process_fetched_is_removed_by_the_next_one(remote):
+    remote.write_bytes("x", b"1")
+    fetch = "print(RunDirectory(sys.argv[1]).fetch('x'), flush=True)"
+    code = f"import sys\nfrom gradientspace_ray.run import RunDirectory\n{fetch}"
+    killed = [sys.executable, "-c", f"{code}\nimport os\nos.kill(os.getpid(), 9)", remote.uri]
+    left = Path(subprocess.run(killed, capture_output=True, text=True, timeout=60).stdout.strip()).parents[1]
+    assert left.exists()
+    subprocess.run([sys.executable, "-c", code, remote.uri], check=True, capture_output=True, timeout=60)
+    assert not left.exists()
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
     run.write_bytes("x", b"old")
@@ -279,144 +286,3 @@ def test_the_manifest_keeps_every_stage(run):
 def test_the_digest_does_not_depend_on_the_order_of_keys(value):
     shuffled = dict(reversed(list(value.items())))
     assert digest_of(value) == digest_of(shuffled) == digest_of(json.loads(json.dumps(value)))
-
-
-def hold(path, ready, done):
-    with RunDirectory(path).lease():
-        ready.set()
-        done.wait(30)
-
-
-def test_a_second_driver_is_refused_and_a_dead_one_is_not_waited_for(run):
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(run.uri, ready, done))
-    holder.start()
-    assert ready.wait(30)
-    with pytest.raises(RunError, match=f"in use by process {holder.pid}"), RunDirectory(run.uri).lease():
-        pass
-    holder.kill()
-    holder.join()
-    with RunDirectory(run.uri).lease():
-        assert run.read_json("lease.json")["pid"] == os.getpid()
-    assert run.names("") == []
-
-
-def lease_of(host="elsewhere", age_s=0.0):
-    return {"owner": "x", "host": host, "pid": 1, "renewed_at": time.time() - age_s}
-
-
-def test_a_stale_lease_of_another_machine_is_taken_over(run):
-    run.write_json("lease.json", lease_of(age_s=3600))
-    with run.lease() as held:
-        held.check()
-    run.write_json("lease.json", lease_of())
-    with pytest.raises(RunError, match="elsewhere"), run.lease():
-        pass
-
-
-@pytest.mark.parametrize("data", [b"", b"{", b'{"owner": "x"}'])
-def test_a_damaged_lease_is_nobody_s(run, data):
-    run.write_bytes("lease.json", data)
-    with run.lease() as held:
-        held.check()
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def renewals():
-    return [thread for thread in threading.enumerate() if thread.name == "run-lease"]
-
-
-def test_a_driver_that_lost_its_lease_learns_of_it_and_leaves_the_other_one_alone(run, monkeypatch):
-    monkeypatch.setattr(run_module, "LEASE_RENEWAL_S", 0.02)
-    other = lease_of()
-    with run.lease() as held:
-        held.check()
-        thread = renewals()[0]
-        # Between two renewals this one has read the lease and is about to write it, so the other may be written over.
-        wait_until(lambda: run.write_json("lease.json", other) or run.read_json("lease.json") == other)
-        wait_until(lambda: run.write_json("lease.json", other) or not thread.is_alive())
-        with pytest.raises(RunError, match="another driver took over; let it finish, then run again"):
-            held.check()
-    assert run.read_json("lease.json") == other
-
-
-def test_a_lease_that_is_gone_counts_as_lost(run):
-    with run.lease() as held:
-        run.delete("lease.json")
-        with pytest.raises(RunError, match="another driver took over"):
-            held.check()
-
-
-def test_renewal_goes_on_after_an_error(run, monkeypatch):
-    monkeypatch.setattr(run_module, "LEASE_RENEWAL_S", 0.02)
-    write, failures = RunDirectory.write_json, []
-
-    def fails_twice(self, name, value):
-        if threading.current_thread().name == "run-lease" and len(failures) < 2:
-            failures.append(name)
-            raise OSError("the network is down")
-        write(self, name, value)
-
-    monkeypatch.setattr(RunDirectory, "write_json", fails_twice)
-    with run.lease() as held:
-        taken_at = run.read_json("lease.json")["renewed_at"]
-        wait_until(lambda: run.read_json("lease.json")["renewed_at"] > taken_at)
-        held.check()
-    assert failures == ["lease.json"] * 2
-    assert not run.exists("lease.json")
-
-
-@pytest.mark.parametrize("before", ["nothing", "a stale lease"])
-def test_of_drivers_that_start_at_once_one_gets_the_run(run, monkeypatch, before):
-    monkeypatch.setattr(run_module, "LEASE_SETTLE_S", 0.5)
-    drivers = 6 if run.is_local else 3
-    for _ in range(10 if run.is_local else 1):
-        if before == "a stale lease":
-            run.write_json("lease.json", lease_of(age_s=3600))
-        start, end = threading.Barrier(drivers), threading.Barrier(drivers)
-        outcomes = []
-
-        def drive(start=start, end=end, outcomes=outcomes):
-            start.wait(30)
-            try:
-                with RunDirectory(run.uri).lease() as held:
-                    end.wait(30)
-                    held.check()
-                    outcomes.append("got it")
-            except RunError as error:
-                outcomes.append(str(error))
-                end.wait(30)
-
-        threads = [threading.Thread(target=drive) for _ in range(drivers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(outcomes) == drivers
-        assert outcomes.count("got it") == 1, outcomes
-
-
-def test_a_driver_that_was_killed_while_it_took_the_lease_is_told_apart(tmp_path):
-    lock = tmp_path / "lease.lock"
-    lock.touch()
-    with pytest.raises(RunError, match="if none does, delete it"), RunDirectory(tmp_path).lease():
-        pass
-    assert lock.exists()
-    lock.unlink()
-    with RunDirectory(tmp_path).lease() as held:
-        held.check()
-    assert not lock.exists()
-
-
-def test_an_error_in_the_block_gives_the_lease_back(run):
-    with pytest.raises(ZeroDivisionError), run.lease():
-        raise ZeroDivisionError
-    assert not run.exists("lease.json")
-    assert renewals() == []

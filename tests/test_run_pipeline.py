@@ -2,17 +2,24 @@
 
 import dataclasses
 import io
+import os
 
 import pytest
+import torch
 from rich.console import Console
 
 from gradientspace_ray import pipeline
+from gradientspace_ray.errors import one_line
+from gradientspace_ray.models import fingerprint
+from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.models.loading import ModelError, load_tokenizer
-from gradientspace_ray.pipeline import STAGES, StageFailedError, one_line, run_pipeline
-from gradientspace_ray.recipe import parse_recipe
+from gradientspace_ray.pipeline import STAGES, StageFailedError, run_pipeline
+from gradientspace_ray.recipe import load_recipe, parse_recipe
 from gradientspace_ray.run import RunDirectory, RunError, Summary
 
 NAMES = [stage.name for stage in STAGES]
+FOLDERS = {"generalist", "experts", "router", "sketch/rows", "experts/one@1"}
+EXTRA = {"experts": ("experts/one@1",)}
 
 
 class Line:
@@ -23,6 +30,9 @@ class Line:
         self.connected = 0
         self.failure = {}
         self.output = {}
+        self.before = {}
+        self.found = {}
+        self.dtypes = []
         monkeypatch.setattr(pipeline, "STAGES", tuple(self._quick(stage) for stage in STAGES))
         monkeypatch.setattr(pipeline, "connect", self._connect)
 
@@ -32,11 +42,16 @@ class Line:
     def _quick(self, stage):
         def function(recipe, run):
             self.ran.append(stage.name)
+            self.dtypes.append(recipe.model.compute_dtype)
+            outputs = (*stage.outputs, *EXTRA.get(stage.name, ()))
+            self.found[stage.name] = [name for name in outputs if run.exists(name)]
+            self.before.get(stage.name, lambda: None)()
             if stage.name in self.failure:
                 raise self.failure[stage.name]
-            for name in stage.outputs:
-                run.write_bytes(name, b"made")
-            return Summary(made=f"[{stage.name}]", counts={"things": 1}, output=self.output.get(stage.name))
+            for name in outputs:
+                run.write_bytes(f"{name}/x" if name in FOLDERS else name, b"made")
+            made, output = f"[{stage.name}]", self.output.get(stage.name)
+            return Summary(made=made, counts={"things": 1}, output=output, outputs=EXTRA.get(stage.name, ()))
 
         return dataclasses.replace(stage, functions=(function,))
 
@@ -123,28 +138,87 @@ def test_what_follows_is_skipped_when_the_output_is_the_same(line, recipe, tmp_p
     line.ran = []
     run_all(changed(recipe, "clusters", neighbours=3), run)
     assert line.ran == ["cluster"]
-    line.ran = []
-    run_all(changed(recipe, "clusters", neighbours=3), run, again="cluster")
-    assert line.ran == ["cluster"]
 
 
-def test_a_lost_output_is_made_again(line, recipe, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_again_runs_a_stage_on_a_clean_table_and_all_that_follow(line, recipe, tmp_path, name):
     run = RunDirectory(tmp_path / "run")
     run_all(recipe, run)
-    run.delete("generalist")
+    line.ran, line.found = [], {}
+    run_all(recipe, run, again=name)
+    assert line.ran == NAMES[NAMES.index(name) :]
+    assert line.found[name] == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "stage"),
+    [
+        ("generalist", "warmup"),
+        ("experts/one@1", "experts"),
+        ("evaluation/losses.validation.parquet", "router"),
+        ("evaluation/scores.json", "evaluate"),
+        ("sketch/rows", "gradients"),
+    ],
+)
+def test_a_lost_output_is_made_again(line, recipe, tmp_path, lost, stage):
+    run = RunDirectory(tmp_path / "run")
+    run_all(recipe, run)
+    run.delete(lost)
     line.ran = []
     run_all(recipe, run)
-    assert line.ran == ["warmup"]
+    assert line.ran == [stage]
 
 
 def test_another_model_in_the_same_folder_is_another_model(line, recipe, tmp_path, model_dir):
     run = RunDirectory(tmp_path / "run")
     line.output = {"prepare": "same tokens"}
     run_all(recipe, run)
-    (model_dir / "model.safetensors").write_bytes(b"retrained")
+    weights = model_dir / "model.safetensors"
+    weights.write_bytes(b"retrained")
     line.ran = []
     run_all(recipe, run)
     assert line.ran == NAMES
+    # The same file, written anew as when a job's working directory is unpacked.
+    weights.write_bytes(b"retrained")
+    os.utime(weights, ns=(1, 1))
+    line.ran = []
+    run_all(recipe, run)
+    assert line.ran == []
+
+
+def test_large_weights_are_told_apart_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "HASHED_BYTES", 4)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"large")
+    before = model_fingerprint(str(tmp_path))
+    assert model_fingerprint(str(tmp_path)) == before
+    os.utime(weights, ns=(1, 1))
+    assert model_fingerprint(str(tmp_path)) != before
+
+
+def test_auto_is_decided_once_and_what_is_decided_counts(line, recipe, tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path / "run")
+    automatic = changed(recipe, "model", compute_dtype="auto")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    run_all(automatic, run)
+    assert load_recipe(run.path("recipe.yaml")).model.compute_dtype == "bfloat16"
+    assert set(line.dtypes) == {"bfloat16"}
+    line.ran = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    run_all(automatic, run)
+    assert load_recipe(run.path("recipe.yaml")).model.compute_dtype == "float32"
+    assert line.ran == NAMES[1:]
+
+
+def test_a_driver_that_lost_the_run_records_nothing(line, recipe, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    line.before = {
+        "cluster": lambda: run.write_json("lease.json", {"owner": "x", "host": "y", "pid": 1, "renewed_at": 0})
+    }
+    with pytest.raises(RunError, match="another driver took over"):
+        run_all(recipe, run)
+    assert run.manifest().stages["cluster"].status == "running"
+    assert run.read_json("lease.json")["owner"] == "x"
 
 
 def test_until_ends_after_a_stage(line, recipe, tmp_path):

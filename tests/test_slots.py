@@ -172,6 +172,16 @@ def test_what_slots_do_not_compute_is_refused_by_name(adapters, tmp_path, change
         read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("config", [b"[]", b"{", b"null", b"\xff"])
+def test_a_damaged_configuration_is_one_line(adapters, tmp_path, config):
+    (tmp_path / "adapter_config.json").write_bytes(config)
+    weights = (adapters[0].folder / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(ModelError, match=r"^.*: not a PEFT adapter \(.+\)$") as caught:
+        read_adapter(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_adapter_of_another_shape_is_refused(tiny_model_dir, model, adapters, tmp_path):
     slots = Slots.like(model, adapters[2].folder, capacity=1)
     with pytest.raises(ModelError, match="which these slots do not hold"), slots.lease(adapters[0]):

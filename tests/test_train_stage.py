@@ -87,8 +87,9 @@ def recipe(tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    run = RunDirectory(tmp_path_factory.mktemp("run"))
+def run(object_store):
+    """On an object store, where the workers commit what they trained."""
+    run = RunDirectory(object_store())
     write_examples(run, EXAMPLES)
     return run
 

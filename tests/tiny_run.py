@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from gradientspace_ray.engine.slots import AdapterFiles
 from gradientspace_ray.models.loading import load_base, save_adapter
 from gradientspace_ray.registry import Adapter, Registry, adapter_digest, write_registry
-from gradientspace_ray.router.classifier import RouterSettings, fit_head, save_router
+from gradientspace_ray.router.classifier import RouterSettings, fit_head, router_digest, save_router
 from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.run import RunDirectory
 
@@ -55,7 +55,7 @@ def make_run(root: Path, model_dir: Path, encoder_dir: Path) -> RunDirectory:
         max_tokens=512,
         generalist=adapters["generalist"],
         experts=tuple(adapters[name] for name in EXPERTS),
-        router_digest="r1",
+        router_digest=router_digest(root / "router"),
     )
     write_registry(run, registry)
     return run

@@ -56,8 +56,10 @@ def read_adapter(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
         raise ModelError(f"{folder}: not a PEFT adapter ({str(error).splitlines()[0]})") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}: not a PEFT adapter ({CONFIG_FILE} holds no JSON object)")
     _refuse_unsupported(folder, config)
     matrices = {}
     for key in sorted(key for key in weights if key.endswith(LORA_A)):

@@ -297,7 +297,9 @@ def _convert(row: Any, source: str, place: str) -> Record | Rejected:
         if not isinstance(row, Mapping):
             raise _RowError("not_an_object", f"a row is an object, not {_typename(row)}")
         messages = _checked(_messages(row))
-        return Record(messages, source, place, _label(row, "domain"), _label(row, "group"))
+        # A column called domain may hold anything; it serves the evaluation only, and costs no row.
+        domain = None if isinstance(row.get("domain"), list | Mapping) else _label(row, "domain")
+        return Record(messages, source, place, domain, _label(row, "group"))
     except _RowError as error:
         return Rejected(place, error.reason, str(error))
 

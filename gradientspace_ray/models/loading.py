@@ -48,29 +48,17 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def product_dtype(name: str, device: str | torch.device) -> torch.dtype:
-    """Type of the matrix products that `model.compute_dtype` asks for, on this machine.
+def chosen_compute_dtype(name: str, device: str) -> str:
+    """`model.compute_dtype`, with `auto` decided: bfloat16 on GPUs and on processors that multiply it natively.
 
     Args:
-        name: `float32`, `bfloat16`, or `auto`: bfloat16 where the device multiplies it natively, else float32.
-        device: where the model computes.
+        name: `float32`, `bfloat16` or `auto`.
+        device: `cpu`, which means this machine's, or `cuda`.
     """
     if name != "auto":
-        return as_dtype(name)
-    if torch.device(device).type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = any(torch.cpu.get_capabilities().get(feature) for feature in CPU_BFLOAT16)
-    return torch.bfloat16 if native else torch.float32
-
-
-def model_fingerprint(name: str) -> Any:
-    """A JSON-able value that changes when the model does: for a local folder, names, sizes and times of its files."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
         return name
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [name, [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
+    native = device == "cuda" or any(torch.cpu.get_capabilities().get(feature) for feature in CPU_BFLOAT16)
+    return "bfloat16" if native else "float32"
 
 
 def resolve_model(name: str) -> str:

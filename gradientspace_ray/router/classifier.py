@@ -3,6 +3,7 @@
 Shapes: N prompts, H width of the encoder, K experts.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,6 +191,19 @@ def save_router(folder: Path, head: LinearHead, settings: RouterSettings) -> Non
     arrays = {"weight": np.ascontiguousarray(head.weight_KH), "bias": np.ascontiguousarray(head.bias_K)}
     save_file(arrays, folder / HEAD_FILE)
     (folder / SETTINGS_FILE).write_text(settings.model_dump_json(indent=2) + "\n")
+
+
+def router_digest(folder: Path) -> str:
+    """Twelve hex digits of the SHA-256 of a router's files: what the registry knows it by.
+
+    Raises:
+        OSError: a file is missing.
+    """
+    content = hashlib.sha256()
+    for name in (HEAD_FILE, SETTINGS_FILE):
+        content.update(name.encode())
+        content.update((folder / name).read_bytes())
+    return content.hexdigest()[:12]
 
 
 def load_head(folder: Path) -> tuple[LinearHead, RouterSettings]:

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import DeploymentStatus
 
 from gradientspace_ray.registry import REGISTRY, Registry, read_registry
 from gradientspace_ray.run import RunDirectory, RunError
@@ -30,6 +31,8 @@ ANSWER_TIMEOUT_S = 30.0
 INGRESS_CPUS, ROUTER_CPUS = 0.1, 0.2
 # Where this machine reaches what listens on all of its addresses.
 REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+# Serve has a message for a deployment that only takes long, too.
+FAILED = (DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY)
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 Positive = Annotated[int, Field(ge=1)]
 
@@ -160,7 +163,11 @@ def _run(application: Application) -> None:
         # Serve's own text only names the deployment; why it does not start is in its status.
         application_status = serve.status().applications.get(APPLICATION)
         deployments = application_status.deployments if application_status else {}
-        causes = [f"{name} does not start: {last_line(d.message)}" for name, d in deployments.items() if d.message]
+        causes = [
+            f"{name} does not start: {last_line(deployment.message)}"
+            for name, deployment in deployments.items()
+            if deployment.status in FAILED and deployment.message
+        ]
         raise RuntimeError(causes[0] if causes else str(error)) from error
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import torch
 from ray import serve
@@ -13,7 +13,7 @@ from gradientspace_ray.engine.slots import AdapterFiles, Slots
 from gradientspace_ray.examples.rendering import Renderer, RenderingError
 from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
 from gradientspace_ray.registry import Adapter, Registry, adapter_digest
-from gradientspace_ray.run import RunDirectory
+from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving.messages import Delta, Generation, Refused, RunChangedError, Started
 
 
@@ -21,16 +21,26 @@ def verify(adapter: AdapterFiles) -> None:
     """Refuse a folder that does not hold the adapter's content: an endpoint never serves one digest under another.
 
     Raises:
-        RunChangedError: a later run of the stage put other weights there.
+        RunChangedError: a later run of the stage put other weights there, or removed the folder.
     """
-    if adapter_digest(adapter.folder) != adapter.id.rpartition("@")[2]:
-        raise RunChangedError(f"{adapter.folder} no longer holds {adapter.id}; start the endpoint again")
+    digest = None
+    with suppress(OSError):  # a file is gone
+        digest = adapter_digest(adapter.folder)
+    if digest != adapter.id.rpartition("@")[2]:
+        raise _changed(adapter.id, str(adapter.folder))
+
+
+def _changed(adapter_id: str, folder: str) -> RunChangedError:
+    return RunChangedError(f"{folder} no longer holds {adapter_id}; start the endpoint again")
 
 
 def _compute_dtype(registry: Registry, device: str) -> torch.dtype:
-    """Autocast only where it is faster: most CPUs multiply bfloat16 more slowly than float32."""
-    wanted = registry.compute_dtype == "bfloat16" and device == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if wanted else torch.float32
+    """Type of the matrix products: the run's own on a GPU, float32 on a CPU.
+
+    Answers are made one token at a time, and on a CPU that takes as long as reading the weights does. Autocast would
+    read them and also cast them anew for every token, even on a CPU that multiplies bfloat16 natively.
+    """
+    return torch.bfloat16 if device == "cuda" and registry.compute_dtype == "bfloat16" else torch.float32
 
 
 class Experts:
@@ -52,12 +62,15 @@ class Experts:
 
         Raises:
             ModelError: the base model or the generalist cannot be loaded.
-            RunChangedError: the run has another generalist by now.
+            RunChangedError: the run has another generalist by now, or none.
         """
         run = RunDirectory(run_uri)
 
         def files(adapter: Adapter) -> AdapterFiles:
-            return AdapterFiles(adapter.id, run.fetch(adapter.folder))
+            try:
+                return AdapterFiles(adapter.id, run.fetch(adapter.folder))
+            except (RunError, FileNotFoundError) as error:
+                raise _changed(adapter.id, adapter.folder) from error
 
         tokenizer = load_tokenizer(registry.base_model)
         model = load_base(registry.base_model, registry.dtype, device, attention="sdpa")
@@ -78,7 +91,12 @@ class Experts:
         self._hold = hold
 
     async def generate(self, request: Generation) -> AsyncIterator[Started | Refused | Delta]:
-        """One answer: `Started` and then deltas, or `Refused`. Closing the iterator ends the request."""
+        """One answer: `Started` and then deltas, or `Refused`. Closing the iterator ends the request.
+
+        Raises:
+            RunChangedError: the run no longer holds the adapter that the registry names.
+            RuntimeError: the adapter cannot be loaded.
+        """
         adapter_id = serve.get_multiplexed_model_id()
         adapter = await self._hold(adapter_id) if adapter_id else None
         if request.max_tokens is not None and request.max_tokens > self._max_tokens:
@@ -107,7 +125,10 @@ class Experts:
             try:
                 async for piece in pieces:
                     yield Delta(piece.text, piece.finish_reason, piece.completion_tokens)
-            except ModelError as error:  # a built-in error, or the ingress would import torch to read it
+            except ModelError as error:
+                if adapter is not None:  # if the folder changed or went, say that instead
+                    await asyncio.to_thread(verify, adapter)
+                # A built-in error, or the ingress would import torch to read it.
                 raise RuntimeError(str(error)) from error
 
     async def leases(self) -> dict[str, int]:

@@ -24,7 +24,8 @@ import ray.data
 import torch
 
 from gradientspace_ray.gradients.per_sample import Example, PerSampleGradients
-from gradientspace_ray.models.loading import load_adapter, load_base, model_fingerprint, product_dtype
+from gradientspace_ray.models.fingerprint import model_fingerprint
+from gradientspace_ray.models.loading import as_dtype, load_adapter, load_base
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory, Summary, digest_of
@@ -128,7 +129,7 @@ class Extractor:
             labels=recipe.gradients.labels,
             loss=recipe.gradients.loss,
             tokens_per_batch=recipe.gradients.tokens_per_batch,
-            compute_dtype=product_dtype(recipe.model.compute_dtype, recipe.compute.device),
+            compute_dtype=as_dtype(recipe.model.compute_dtype),
         )
 
     @cached_property

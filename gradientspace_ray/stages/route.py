@@ -1,8 +1,6 @@
 """The router: encode the training prompts, fit the head on their clusters, calibrate it on validation losses."""
 
-import hashlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,11 @@ from gradientspace_ray.registry import (
 )
 from gradientspace_ray.router.calibration import Calibration, calibrate
 from gradientspace_ray.router.classifier import (
-    HEAD_FILE,
     SETTINGS_FILE,
     HeadFit,
     RouterSettings,
     fit_head,
+    router_digest,
     save_router,
 )
 from gradientspace_ray.router.encoder import PromptEncoder
@@ -172,14 +170,5 @@ def _registry(recipe: Recipe, run: RunDirectory, experts: list[TrainedExpert]) -
             )
             for expert in experts
         ),
-        router_digest=_router_digest(run.fetch("router")),
+        router_digest=router_digest(run.fetch("router")),
     )
-
-
-def _router_digest(folder: Path) -> str:
-    """Twelve hex digits of the SHA-256 of the router's files."""
-    content = hashlib.sha256()
-    for name in (HEAD_FILE, SETTINGS_FILE):
-        content.update(name.encode())
-        content.update((folder / name).read_bytes())
-    return content.hexdigest()[:12]

@@ -14,7 +14,7 @@ from gradientspace_ray.evaluation import strategies
 from gradientspace_ray.evaluation.intervals import bootstrap_intervals, paired_differences
 from gradientspace_ray.evaluation.losses import BASE, adapter_losses, balanced_parts
 from gradientspace_ray.evaluation.strategies import GENERALIST, SINGLE_LORA, LossMatrix
-from gradientspace_ray.models.loading import load_adapter, load_base, product_dtype
+from gradientspace_ray.models.loading import as_dtype, load_adapter, load_base
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.registry import trained_experts
 from gradientspace_ray.router.classifier import Router
@@ -81,7 +81,7 @@ def _score_part(
         board.report.remote(line, done, total)
 
     examples = [(row["input_ids"], row["labels"]) for row in rows]
-    compute_dtype = product_dtype(recipe.model.compute_dtype, recipe.compute.device)
+    compute_dtype = as_dtype(recipe.model.compute_dtype)
     return adapter_losses(
         model, [BASE, *folders], examples, recipe.evaluate.tokens_per_batch, compute_dtype, on_batch=count
     )

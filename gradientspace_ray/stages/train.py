@@ -25,7 +25,9 @@ from peft import PeftModel
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from gradientspace_ray.errors import one_line
 from gradientspace_ray.models import loading
+from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.recipe import Recipe, TrainingSection, parse_recipe
 from gradientspace_ray.registry import adapter_digest, committed_digest
 from gradientspace_ray.run import RunDirectory, RunError, Summary, digest_of
@@ -113,6 +115,7 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
             "tokens": sum(record.tokens for record in records.values()),
         },
         output=digest_of({adapter.folder: adapter.digest for adapter in made.values()}),
+        outputs=tuple(sorted(folders)),
     )
 
 
@@ -128,7 +131,7 @@ def _plan(
     key = {
         "name": name,
         "seed": recipe.seed,
-        "model": [recipe.model.model_dump(mode="json"), loading.model_fingerprint(recipe.model.name)],
+        "model": [recipe.model.model_dump(mode="json"), model_fingerprint(recipe.model.name)],
         "lora": recipe.lora.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude=NOT_IN_KEY),
         "examples": table["id"].to_pylist(),
@@ -229,7 +232,7 @@ def _outcome(launcher: Any) -> str | None:
     try:
         return ray.get(launcher)
     except ray.exceptions.RayError as error:
-        return _last_line(error)
+        return one_line(error)
 
 
 def _stop(launchers: list[Any]) -> None:
@@ -282,13 +285,7 @@ def _launch(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any) -> str
 def _reason(error: ray.train.TrainingFailedError) -> str:
     """What the first failed worker said last, in one line."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    return _last_line(next(iter(failures.values())))
-
-
-def _last_line(error: Exception) -> str:
-    """An error in one line; one of several lines is a traceback, which names its type at the end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {''.join(lines)}"
+    return one_line(next(iter(failures.values())))
 
 
 def _finetune(config: dict[str, Any]) -> dict[str, str] | None:
@@ -321,8 +318,7 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, finetune: Finetune, boa
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     # DeepSpeed picks its accelerator when it is imported, and only a worker's environment names the right one.
     deepspeed = import_module("deepspeed")
-    compute_dtype = loading.product_dtype(recipe.model.compute_dtype, device)
-    engine = build_engine(deepspeed, model, trainable, settings, compute_dtype)
+    engine = build_engine(deepspeed, model, trainable, settings, loading.as_dtype(recipe.model.compute_dtype))
     first = context.get_world_rank() == 0
 
     def on_step(step: int, total: int, loss: float) -> None:
