@@ -16,6 +16,7 @@ from gradientspace_ray.router.classifier import (
     decide,
     fit_head,
     load_head,
+    router_digest,
     save_router,
 )
 

@@ -1,6 +1,7 @@
 import socket
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -8,13 +9,18 @@ import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve import Application
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger, ServeDeploySchema
+from this_machine import HAS_IPV6
 
 from gradientspace_ray.registry import REGISTRY, read_registry
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving import app
 from gradientspace_ray.serving.app import ServeArguments, build
 
+FAMILIES = [
+    (socket.AF_INET, "127.0.0.1"),
+    pytest.param(socket.AF_INET6, "::1", marks=pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")),
+]
 CONFIGS = sorted((Path(__file__).parents[1] / "serve_configs").glob("*.yaml"))
 
 
@@ -142,7 +148,7 @@ def test_the_url_is_where_this_machine_reaches_the_endpoint(host, url):
     assert app.base_url(host, 80) == url
 
 
-@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+@pytest.mark.parametrize(("family", "host"), FAMILIES)
 def test_a_port_in_use_is_one_line_that_names_it(family, host):
     with socket.socket(family) as other:
         other.bind((host, 0))
@@ -153,7 +159,7 @@ def test_a_port_in_use_is_one_line_that_names_it(family, host):
             pass
 
 
-@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+@pytest.mark.parametrize(("family", "host"), FAMILIES)
 def test_a_reserved_port_is_for_a_server_that_shares_it(family, host):
     with app.reserved_port(host, 0) as port, socket.socket(family) as other, socket.socket(family) as server:
         with pytest.raises(OSError, match="in use"):
@@ -169,8 +175,8 @@ def test_a_reserved_port_is_for_a_server_that_shares_it(family, host):
 
 
 def test_an_address_of_another_machine_is_one_line_that_names_it():
-    refused = pytest.raises(OSError, match=r"^port 8000 on 192.0.2.1: .*; choose another --host or --port$")
-    with refused, app.reserved_port("192.0.2.1", 8000):
+    refused = pytest.raises(OSError, match=r"^port 8000 on 198.51.100.1: .*; choose another --host or --port$")
+    with refused, app.reserved_port("198.51.100.1", 8000):
         pass
 
 
@@ -197,6 +203,31 @@ def test_what_a_deployment_says_ends_with_the_cause():
     message = "It failed. Error:\nTraceback\n  File x\ngradientspace_ray.models.loading.ModelError: m: not there\n"
     assert app.last_line(message) == "m: not there"
     assert app.last_line("Traceback\nKeyError: 'x'") == "KeyError: 'x'"
+
+
+@pytest.mark.parametrize("status", [DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY])
+def test_only_a_deployment_that_failed_is_blamed(monkeypatch, status):
+    def refuse(*_, **__):
+        raise RuntimeError("Serve's own text")
+
+    def overview(status, message):
+        return DeploymentStatusOverview(status, DeploymentStatusTrigger.UNSPECIFIED, {}, message)
+
+    deployments = {
+        "PromptRouter": overview(DeploymentStatus.UPDATING, "1 replica takes more than 30s to initialize."),
+        "Ingress": overview(DeploymentStatus.HEALTHY, "all is well"),
+    }
+    applications = {app.APPLICATION: SimpleNamespace(deployments=deployments)}
+    monkeypatch.setattr(app.serve, "run", refuse)
+    monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(applications=applications))
+    with pytest.raises(RuntimeError, match=r"^Serve's own text$"):
+        app._run(None)
+    deployments["Experts"] = overview(status, "Traceback\n  File x\nValueError: no weights")
+    with pytest.raises(RuntimeError, match=r"^Experts does not start: ValueError: no weights$"):
+        app._run(None)
+    applications.clear()
+    with pytest.raises(RuntimeError, match=r"^Serve's own text$"):
+        app._run(None)
 
 
 def test_a_registry_that_promises_too_much_is_refused(run_dir):

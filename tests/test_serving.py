@@ -2,28 +2,35 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import ray
 import torch
 from peft import PeftModel
 from ray import serve
-from tiny_run import COUNTING, EXPERTS, STORIES, make_run
+from this_machine import HAS_IPV6
+from tiny_run import COUNTING, EXPERTS, STORIES, make_adapter, make_run
 
 from gradientspace_ray.examples.rendering import IGNORED, Renderer
-from gradientspace_ray.models.loading import load_base, load_tokenizer
-from gradientspace_ray.registry import read_registry, write_registry
+from gradientspace_ray.models.loading import WEIGHTS_FILE, load_base, load_tokenizer
+from gradientspace_ray.registry import Adapter, adapter_digest, read_registry, write_registry
 from gradientspace_ray.serving.app import ServeArguments, build, endpoint, reserved_port
+from gradientspace_ray.serving.messages import RunChangedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 API_KEY = "sk-test-key"
+UNFIT = "unfit"
+START_TIMEOUT_S = 120
 TOKENS = 12
 CONVERSATION = [
     {"role": "system", "content": "Answer in one line."},
@@ -35,40 +42,74 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
-    return make_run(tmp_path_factory.mktemp("serving") / "run", tiny_model_dir, tiny_encoder_dir)
+    """The tiny run, and an expert that no prompt is routed to and that does not fit the slots."""
+    run = make_run(tmp_path_factory.mktemp("serving") / "run", tiny_model_dir, tiny_encoder_dir)
+    folder = f"experts/{UNFIT}"
+    make_adapter(tiny_model_dir, Path(run.path(folder)), 1, r=8)
+    unfit = Adapter(name=UNFIT, digest=adapter_digest(run.fetch(folder)), folder=folder)
+    registry = read_registry(run)
+    write_registry(run, registry.model_copy(update={"experts": (*registry.experts, unfit)}))
+    run.write_json("manifest.json", {"format": 1, "stages": {}})
+    return run
 
 
 @contextlib.contextmanager
-def on_a_cluster(ray_cluster, run, **arguments):
-    """An endpoint on a Ray that lives on, as one at RAY_ADDRESS does."""
-    application = build(ServeArguments(run_dir=run.uri, **arguments))
+def in_this_process(application):
     with reserved_port("127.0.0.1", 0) as port, endpoint(application, "127.0.0.1", port) as url:
         yield url
 
 
-def test_an_endpoint_that_does_not_start_says_why_and_leaves_nothing(ray_cluster, run, monkeypatch):
+def test_an_endpoint_that_does_not_start_says_why_and_leaves_nothing(ray_cluster, monkeypatch):
+    class Experts:  # in a function, so that it travels to the replica with its code
+        def __init__(self):
+            raise RunChangedError("the run is another")
+
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    registry = read_registry(run)
-    write_registry(run, registry.model_copy(update={"base_model": "no/such-model"}))
-    try:
-        with (
-            pytest.raises(RuntimeError, match=r"^Experts does not start: no/such-model: the model cannot be loaded"),
-            on_a_cluster(ray_cluster, run, start_attempts=1),
-        ):
-            pass
-    finally:
-        write_registry(run, registry)
+    application = serve.deployment(Experts, max_constructor_retry_count=1).bind()
+    with (
+        pytest.raises(RuntimeError, match=r"^Experts does not start: the run is another$"),
+        in_this_process(application),
+    ):
+        pass
     assert serve.status().applications == serve.status().proxies == {}
+
+
+# `gradientspace serve`, with few slots so that adapters must make room for each other.
+COMMAND = """
+from gradientspace_ray.serving import app
+build = app.build
+app.build = lambda arguments: build(arguments.model_copy(update={"max_slots": 2, "max_tokens": 2000}))
+from gradientspace_ray.cli import main
+main()
+"""
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster, run):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIENTSPACE_API_KEY", API_KEY)
-        patch.setenv("RAY_ADDRESS", "auto")
-        with on_a_cluster(ray_cluster, run, max_slots=2, max_tokens=2000) as url:
-            yield url
-    assert serve.status().applications == serve.status().proxies == {}
+def url(ray_cluster, run, tmp_path_factory):
+    """The endpoint that the command serves on the tests' Ray, on IPv6 where there is one, until SIGTERM."""
+    log = tmp_path_factory.mktemp("log") / "serve.log"
+    settings = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "GRADIENTSPACE_API_KEY": API_KEY}
+    host = "::" if HAS_IPV6 else "0.0.0.0"
+    command = [sys.executable, "-c", COMMAND, "serve", run.uri, "--host", host, "--port", "0", "--device", "cpu"]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | settings)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (announced := re.search(r" at (http://\S+:\d+)/v1 ", log.read_text())):
+            assert process.poll() is None, f"the endpoint ended:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"no endpoint in {START_TIMEOUT_S} s:\n{log.read_text()}"
+            time.sleep(0.1)
+        yield announced.group(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 130, log.read_text()
+        assert log.read_text().splitlines()[-1] == "interrupted; the endpoint has stopped"
+    finally:
+        process.kill()
+        process.wait()
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        # This process has a handle of the controller, which must not outlive it, even if the command left Serve there.
+        serve.shutdown()
+    assert [actor["name"] for actor in actors if actor["namespace"] == "serve"] == []
 
 
 @pytest.fixture
@@ -254,70 +295,71 @@ def test_hanging_up_ends_the_request(url, client, stream):
     assert ask(client, EXPERTS[1], max_tokens=1).usage.completion_tokens == 1
 
 
-def test_a_broken_adapter_fails_alone(client, run, url):
-    adapter = read_registry(run).resolve(EXPERTS[0])
-    weights = run.fetch(adapter.folder) / "adapter_model.safetensors"
-    for other in ("generalist", EXPERTS[1]):  # fill both slots, so that the next request must read the file
-        ask(client, other, max_tokens=1)
-    contents = weights.read_bytes()
-    weights.write_bytes(contents[:100])
-    try:
-        for stream in (False, True):
-            with pytest.raises(openai.InternalServerError) as caught:
-                list(ask(client, EXPERTS[0], stream=stream))
-            assert "safetensors" not in str(caught.value), "the inside of a failure is not the client's business"
-        assert ask(client, EXPERTS[1], max_tokens=1).usage.completion_tokens == 1
-    finally:
-        weights.write_bytes(contents)
-    assert ask(client, EXPERTS[0], max_tokens=1).usage.completion_tokens == 1
-
-
-def test_weights_that_changed_under_the_endpoint_are_never_served_under_the_old_digest(client, run):
-    registry = read_registry(run)
-    adapter, other = (registry.resolve(name) for name in EXPERTS)
-    for name in ("generalist", other.name):  # fill both slots, so that the next request must read the file
+@contextlib.contextmanager
+def both_slots_filled_with_others(client):
+    """The next request for the first expert must read its folder, within the block; afterwards it is served again."""
+    others = ["generalist", EXPERTS[1]]
+    for name in others:
         ask(client, name, max_tokens=1)
-    weights = run.fetch(adapter.folder) / "adapter_model.safetensors"
+    assert f"{EXPERTS[0]}@" not in "".join(leases())
+    yield
+    for name in (*others, EXPERTS[0]):
+        assert ask(client, name, max_tokens=1).usage.completion_tokens == 1
+
+
+def assert_run_changed(client):
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="it must be started again") as caught:
+            list(ask(client, EXPERTS[0], stream=stream))
+        assert (caught.value.status_code, caught.value.code) == (503, "run_changed")
+        assert caught.value.response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("change", ["other weights", "damaged weights"])
+def test_weights_that_changed_under_the_endpoint_are_never_served_under_the_old_digest(client, run, change):
+    adapter, other = (read_registry(run).resolve(name) for name in EXPERTS)
+    weights = run.fetch(adapter.folder) / WEIGHTS_FILE
     contents = weights.read_bytes()
-    weights.write_bytes((run.fetch(other.folder) / "adapter_model.safetensors").read_bytes())
-    try:
-        for stream in (False, True):
-            with pytest.raises(openai.InternalServerError, match="it must be started again") as caught:
-                list(ask(client, adapter.name, stream=stream))
-            assert (caught.value.status_code, caught.value.code) == (503, "run_changed")
-        assert ask(client, other.name, max_tokens=1).usage.completion_tokens == 1
-    finally:
-        weights.write_bytes(contents)
-    assert ask(client, adapter.name, max_tokens=1).usage.completion_tokens == 1
+    with both_slots_filled_with_others(client):
+        changed = (run.fetch(other.folder) / WEIGHTS_FILE).read_bytes() if change == "other weights" else contents[:100]
+        weights.write_bytes(changed)
+        try:
+            assert_run_changed(client)
+        finally:
+            weights.write_bytes(contents)
 
 
-def test_a_second_endpoint_does_not_replace_the_first(ray_cluster, run, client):
+@pytest.mark.parametrize("held", [False, True])
+def test_a_folder_that_went_under_the_endpoint_says_so(client, run, held):
+    """As after a later run of the experts stage; `held`: the replica knows the folder, but has not read its weights."""
+    folder = run.fetch(read_registry(run).resolve(EXPERTS[0]).folder)
+    weights = folder / WEIGHTS_FILE
+    contents = weights.read_bytes()
+    with both_slots_filled_with_others(client):
+        if held:
+            weights.write_bytes(b"")
+            assert_run_changed(client)
+            weights.write_bytes(contents)
+        folder.rename(run.path("elsewhere"))
+        try:
+            assert_run_changed(client)
+        finally:
+            Path(run.path("elsewhere")).rename(folder)
+
+
+def test_an_adapter_that_does_not_fit_fails_alone(client):
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as caught:
+            list(ask(client, UNFIT, stream=stream))
+        assert (caught.value.status_code, caught.value.code) == (500, "internal_error")
+        assert "rank" not in str(caught.value), "the inside of a failure is not the client's business"
+    assert ask(client, EXPERTS[1], max_tokens=1).usage.completion_tokens == 1
+
+
+def test_a_second_endpoint_does_not_replace_the_first(run, client):
     with (
         pytest.raises(RuntimeError, match=r"already runs an endpoint .* stop it with: serve shutdown"),
-        on_a_cluster(ray_cluster, run),
+        in_this_process(build(ServeArguments(run_dir=run.uri))),
     ):
         pass
     assert ask(client, "base", max_tokens=1).usage.completion_tokens == 1
-
-
-def gradientspace_serve(run, *arguments, **settings):
-    run.write_json("manifest.json", {"format": 1, "stages": {}})
-    command = [sys.executable, "-c", "from gradientspace_ray.cli import main; main()", "serve", run.uri, "--port", "0"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, "--device", "cpu", *arguments], **pipes, **settings)
-
-
-def test_the_command_serves_ipv6_until_sigterm(run, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.delenv("GRADIENTSPACE_API_KEY", raising=False)
-    process = gradientspace_serve(run, "--host", "::")
-    try:
-        url = re.search(r"http://\[::1\]:\d+/v1", process.stdout.readline()).group()
-        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
-        assert ask(client, "base", max_tokens=1).usage.completion_tokens == 1
-    finally:
-        process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, output + errors
-    assert "warning: anyone who reaches :: can use this endpoint" in output
-    assert output.splitlines()[-1] == "interrupted; the endpoint has stopped"

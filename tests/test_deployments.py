@@ -1,0 +1,74 @@
+"""What the deployments refuse when they start, without Serve."""
+
+import shutil
+
+import pytest
+import torch
+from tiny_run import EXPERTS, make_run
+
+from gradientspace_ray.models.loading import ModelError
+from gradientspace_ray.registry import read_registry
+from gradientspace_ray.router.classifier import HEAD_FILE, SETTINGS_FILE
+from gradientspace_ray.serving.experts import Experts, _compute_dtype
+from gradientspace_ray.serving.messages import RunChangedError
+from gradientspace_ray.serving.router import PromptRouter
+
+AGAIN = "; start the endpoint again$"
+
+
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
+    return make_run(tmp_path_factory.mktemp("deployments") / "run", tiny_model_dir, tiny_encoder_dir)
+
+
+@pytest.fixture
+def run(made_run, tmp_path):
+    """A copy to change."""
+    shutil.copytree(made_run.path(), tmp_path / "run")
+    return type(made_run)(tmp_path / "run")
+
+
+def start_experts(run, registry):
+    return Experts(run.uri, registry, "cpu", max_slots=2, max_tokens=8)
+
+
+def test_a_base_model_that_is_not_there_is_named(run):
+    registry = read_registry(run).model_copy(update={"base_model": "no/such-model"})
+    with pytest.raises(ModelError, match=r"^no/such-model: the model cannot be loaded"):
+        start_experts(run, registry)
+
+
+@pytest.mark.parametrize("change", ["gone", "replaced"])
+def test_a_run_with_another_generalist_is_refused(run, change):
+    registry = read_registry(run)
+    start_experts(run, registry)
+    shutil.rmtree(run.path("generalist"))
+    if change == "replaced":
+        shutil.copytree(run.path(registry.resolve(EXPERTS[0]).folder), run.path("generalist"))
+    with pytest.raises(RunChangedError, match=f"generalist no longer holds {registry.generalist.id}{AGAIN}"):
+        start_experts(run, registry)
+
+
+@pytest.mark.parametrize("change", ["gone", HEAD_FILE, SETTINGS_FILE])
+def test_a_run_with_another_router_is_refused(run, change):
+    registry = read_registry(run)
+    PromptRouter(run.uri, registry)
+    if change == "gone":
+        shutil.rmtree(run.path("router"))
+    else:
+        run.write_bytes(f"router/{change}", run.read_bytes(f"router/{change}") + b" ")
+    with pytest.raises(RunChangedError, match=f"^router is no longer that of this endpoint{AGAIN}"):
+        PromptRouter(run.uri, registry)
+
+
+@pytest.mark.parametrize(
+    ("device", "named", "expected"),
+    [
+        ("cpu", "bfloat16", torch.float32),
+        ("cuda", "bfloat16", torch.bfloat16),
+        ("cuda", "float32", torch.float32),
+    ],
+)
+def test_products_are_bfloat16_only_on_a_gpu(run, device, named, expected):
+    registry = read_registry(run).model_copy(update={"compute_dtype": named})
+    assert _compute_dtype(registry, device) is expected
