@@ -22,6 +22,7 @@ demo: setup
 	$(BIN)/gradientspace serve $(RUN_DIR) --port 0 \
 	  --ask "Write a Python function that returns the last element of a list." \
 	  --ask "Begin a story about a lighthouse keeper who finds a locked door."
+	@echo; echo "Open $(RUN_DIR)/report.html. For the gradientspace command: source $(BIN)/activate"
 
 lint: setup
 	$(BIN)/ruff check .

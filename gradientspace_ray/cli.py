@@ -121,6 +121,7 @@ def serve(
         settings["gpus_per_replica"] = 1 if chosen == Device.CUDA.value else 0
         with serving.reserved_port(host, port) as port, pipeline.disconnecting():
             application = serving.build(serving.ServeArguments.model_validate(settings))
+            console.print("[dim]starting Ray, the router and the experts[/dim]")
             pipeline.connect(chosen)
             _stop_on_sigterm()  # Ray sets its own handler when it starts
             with serving.endpoint(application, host, port) as url:

@@ -206,11 +206,14 @@ def run_pipeline(
     with Lease(run) as lease:
         run.write_bytes("recipe.yaml", dump_recipe(recipe).encode())
         run.delete(".staging")
+        _mark_stale(recipe, run, again)
         for stage in chosen:
             digest = stage_digest(stage, recipe, run)
             forced = again is not None and names.index(stage.name) >= names.index(again)
             record = None if forced else _current_record(stage, digest, run)
             if record:
+                if record.status == "stale":
+                    run.record(stage.name, record.model_copy(update={"status": "done"}))
                 console.print(f"[dim]{stage.name:<10} done before: {escape(record.made)}[/dim]")
                 continue
             lease.check()
@@ -227,9 +230,23 @@ def run_pipeline(
 def _current_record(stage: Stage, digest: str, run: RunDirectory) -> StageRecord | None:
     """The record of a stage that need not run: finished, decided by the same inputs, and all outputs there."""
     record = run.manifest().stages.get(stage.name)
-    if record is None or record.status != "done" or record.digest != digest:
+    if record is None or record.status not in ("done", "stale") or record.digest != digest:
         return None
     return record if all(run.exists(name) for name in (*stage.outputs, *record.outputs)) else None
+
+
+def _mark_stale(recipe: Recipe, run: RunDirectory, again: str | None) -> None:
+    """Mark the finished stages whose inputs differ now, and all that follow from them, for those that read `status`.
+
+    A stage that turns out to be current, or runs, is done again.
+    """
+    changed = {again}
+    for stage in STAGES:
+        record = run.manifest().stages.get(stage.name)
+        if record is None or record.digest != stage_digest(stage, recipe, run) or changed & set(stage.inputs):
+            changed.add(stage.name)
+        if record and record.status == "done" and stage.name in changed:
+            run.record(stage.name, record.model_copy(update={"status": "stale"}))
 
 
 def _forget(stage: Stage, run: RunDirectory) -> None:

@@ -47,7 +47,8 @@ class StageRecord(BaseModel):
     """One stage's entry in the manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    status: Literal["done", "running", "failed", "interrupted"]
+    status: Literal["done", "running", "failed", "interrupted", "stale"]
+    """`stale`: done, but what it was made of has changed since."""
     digest: str
     """Of the recipe parts and inputs that decide the stage's output."""
     output: str = ""

@@ -159,7 +159,8 @@ def test_what_cannot_be_served_is_told_before_ray_starts(capsys, pipeline, run_d
         assert errors == f"error: port {port} on 127.0.0.1 is in use; choose another with --port\n"
     (run_dir / "router").rmdir()
     _, _, errors = gradientspace(capsys, "serve", run_dir, "--device", "cpu", "--port", 0)
-    assert errors == f"error: {run_dir}: router is missing; finish the run with: gradientspace run\n"
+    again = f"gradientspace run {run_dir}/recipe.yaml --run-dir {run_dir}"
+    assert errors == f"error: {run_dir}: router is missing; finish the run with: {again}\n"
     (run_dir / REGISTRY).unlink()
     _, _, errors = gradientspace(capsys, "serve", run_dir, "--device", "cpu", "--port", 0)
     assert f"{REGISTRY} is missing, the run has no router yet" in errors

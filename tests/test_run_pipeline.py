@@ -221,6 +221,27 @@ def test_a_driver_that_lost_the_run_records_nothing(line, recipe, tmp_path):
     assert run.read_json("lease.json")["owner"] == "x"
 
 
+def test_what_was_made_of_something_else_is_stale_until_it_is_made_again(line, recipe, tmp_path):
+    def statuses():
+        return [record.status for record in run.manifest().stages.values()]
+
+    run = RunDirectory(tmp_path / "run")
+    run_all(recipe, run)
+    other = changed(recipe, "experts", epochs=0.4)
+    run_all(other, run, until="experts")
+    assert statuses() == ["done"] * 5 + ["stale"] * 3
+    run_all(other, run)
+    assert statuses() == ["done"] * 8
+    line.failure = {"prepare": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run_all(recipe, run, again="prepare")
+    assert statuses() == ["interrupted"] + ["stale"] * 7
+    line.failure, line.ran = {}, []
+    run_all(other, run)
+    assert line.ran == ["prepare"]
+    assert statuses() == ["done"] * 8
+
+
 def test_until_ends_after_a_stage(line, recipe, tmp_path):
     records, _ = run_all(recipe, RunDirectory(tmp_path / "run"), until="cluster")
     assert list(records) == NAMES[:4] == line.ran

@@ -106,3 +106,13 @@ class Page:
 def render(page: Page) -> str:
     """The whole HTML document; every text is escaped, figures are inserted as they are."""
     return ENVIRONMENT.get_template("page.html").render(page=page, Markup=Markup)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    return f"{seconds / 60:.1f} min" if seconds >= 100 else f"{seconds:.1f} s"
+
+
+def shorten(text: str, characters: int) -> str:
+    """The text, or as much of it as leaves room for an ellipsis."""
+    return text if len(text) <= characters else text[: characters - 1].rstrip() + "…"

@@ -199,15 +199,17 @@ def _read_run(run: RunDirectory) -> Registry:
     if not run.exists():
         raise RunError(f"{run.uri}: no such run directory; make one with: gradientspace run quickstart")
     if not run.exists(REGISTRY):
-        raise RunError(
-            f"{run.uri}: {REGISTRY} is missing, the run has no router yet; finish it with: gradientspace run"
-        )
+        raise RunError(f"{run.uri}: {REGISTRY} is missing, the run has no router yet; {_finish(run)}")
     registry = read_registry(run)
     folders = [registry.router, registry.generalist.folder, *(expert.folder for expert in registry.experts)]
     missing = [folder for folder in folders if not run.exists(folder)]
     if missing:
-        raise RunError(f"{run.uri}: {missing[0]} is missing; finish the run with: gradientspace run")
+        raise RunError(f"{run.uri}: {missing[0]} is missing; {_finish(run)}")
     return registry
+
+
+def _finish(run: RunDirectory) -> str:
+    return f"finish the run with: gradientspace run {run.path('recipe.yaml')} --run-dir {run.uri}"
 
 
 def _api_key_sha256(variable: str | None) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG_INTERVAL_S = 10.0
 POLL_INTERVAL_S = 0.5
@@ -25,11 +25,13 @@ class Bars:
         self._lock = threading.Lock()
         self._tasks: dict[str, Any] = {}
         self._printed: dict[str, tuple[float, float]] = {}
+        self._started = self._last_print = time.monotonic()
         self._progress = Progress(
             TextColumn("  {task.description:<24}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             transient=True,
@@ -46,12 +48,17 @@ class Bars:
                 self._log(line, done, total, note)
 
     def _log(self, line: str, done: float, total: float, note: str) -> None:
+        now = time.monotonic()
         last_time, last_done = self._printed.get(line, (0.0, -1.0))
-        due = time.monotonic() - last_time >= LOG_INTERVAL_S and done > last_done
+        due = now - last_time >= LOG_INTERVAL_S and done > last_done
         finished = done >= total > last_done
-        if due or finished:
-            self._printed[line] = (time.monotonic(), done)
-            self._console.print(f"  {line}: {done:g}/{total:g} {note}".rstrip(), highlight=False, markup=False)
+        # Where nothing moves, as while models load, the seconds do.
+        silent = done < total and now - self._last_print >= LOG_INTERVAL_S
+        if due or finished or silent:
+            self._printed[line] = (now, done)
+            self._last_print = now
+            clock = f"({now - self._started:.0f} s)"
+            self._console.print(f"  {line}: {done:g}/{total:g} {note} {clock}", highlight=False, markup=False)
 
     def __enter__(self) -> "Bars":
         if self._console.is_terminal:

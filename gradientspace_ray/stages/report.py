@@ -22,13 +22,17 @@ from gradientspace_ray.report.page import (
     Page,
     Section,
     Typical,
+    duration,
     render,
+    shorten,
 )
 from gradientspace_ray.report.projection import project
 from gradientspace_ray.run import RunDirectory, Summary
 from gradientspace_ray.stages.progress import Bars
 
 MAX_DOTS = 3000
+MIN_EXAMPLES_TO_JUDGE = 30
+"""Bootstrap intervals of fewer examples are too narrow."""
 TYPICAL_EXAMPLES = 3
 TIP_CHARACTERS, TEXT_CHARACTERS = 220, 900
 STRATEGIES = {
@@ -139,7 +143,9 @@ def _summary(found: Findings) -> str:
         return text
     difference = found.scores["intervals"]["difference"]["routed - generalist"]
     verdict = "which is no clear difference on so few examples"
-    if difference["high"] < 0:
+    if found.scores["examples"] < MIN_EXAMPLES_TO_JUDGE:
+        verdict = "too few examples to judge by"
+    elif difference["high"] < 0:
         verdict = "a difference beyond chance"
     elif difference["low"] > 0:
         verdict = "worse beyond chance"
@@ -172,9 +178,7 @@ def _headlines(found: Findings, run: RunDirectory) -> tuple[Headline, ...]:
         headlines.append(Headline(str(len(found.names)), "clusters", note))
     seconds = sum(record.seconds for record in run.manifest().stages.values())
     if seconds:
-        headlines.append(
-            Headline(_duration(seconds), "from data to router", f"{len(found.examples)} training examples")
-        )
+        headlines.append(Headline(duration(seconds), "from data to router", f"{len(found.examples)} training examples"))
     return tuple(headlines)
 
 
@@ -228,7 +232,7 @@ def _map(recipe: Recipe, run: RunDirectory, found: Findings) -> Map | None:
     others = [found.domains.index(domain) if domain else len(found.domains) for domain in domains]
     tips = [
         f"{found.names[cluster]}{f' · {domain}' if domain else ''}\n"
-        + _shorten(found.examples.get(id_, {}).get("prompt", ""), TIP_CHARACTERS)
+        + shorten(found.examples.get(id_, {}).get("prompt", ""), TIP_CHARACTERS)
         for id_, cluster, domain in zip(ids, clusters, domains, strict=True)
     ]
     labelled = any(domains)
@@ -273,7 +277,7 @@ def _clusters(found: Findings) -> tuple[ClusterCard, ...]:
 def _typical(example: dict[str, Any]) -> Typical:
     asked = [message["content"] for message in example["messages"] if message["role"] == "user"]
     answered = [message["content"] for message in example["messages"] if message["role"] == "assistant"]
-    return Typical(_shorten(" ".join(asked[-1:]), TEXT_CHARACTERS), _shorten(" ".join(answered[-1:]), TEXT_CHARACTERS))
+    return Typical(shorten(" ".join(asked[-1:]), TEXT_CHARACTERS), shorten(" ".join(answered[-1:]), TEXT_CHARACTERS))
 
 
 def _matrix(found: Findings) -> Section | None:
@@ -301,12 +305,12 @@ def _matrix(found: Findings) -> Section | None:
             ]
         )
     rows = [f"{group} ({row['examples']})" for group, row in table.items()]
-    what = "hidden label" if found.scores.get("by_domain") else "adapter that served them"
+    what = "their hidden label" if found.scores.get("by_domain") else "the adapter that served them"
     svg = figures.matrix(rows, [STRATEGIES.get(name, name) for name in columns], cells, "Losses by group and adapter")
     return Section(
         "losses",
         "Who is good at what",
-        f"Mean loss of the held-out examples, grouped by their {what}, under every adapter.",
+        f"Mean loss of the held-out examples, grouped by {what}, under every adapter.",
         (Figure("Loss matrix", svg, "Green: lower than the generalist. Red: higher. Framed: the lowest of the row."),),
     )
 
@@ -321,7 +325,8 @@ def _router(run: RunDirectory, found: Findings) -> Section | None:
     confidence_N = np.array([row["confidence"] for row in test])
     histogram = figures.histogram(confidence_N, found.router["threshold"])
     abstained = sum(row["routed"] == GENERALIST for row in test) / len(test)
-    threshold = min(found.router["threshold"], 1)  # a router that always abstains has one above every confidence
+    threshold = found.router["threshold"]
+    abstains = f"below {threshold:.2f} the generalist answers" if threshold <= 1 else "the generalist answers always"
     parts = [Figure("How sure it is", histogram, f"{abstained:.0%} of the held-out prompts went to the generalist.")]
     if any(row["domain"] for row in test):
         parts.insert(0, _traffic(found, test))
@@ -329,7 +334,7 @@ def _router(run: RunDirectory, found: Findings) -> Section | None:
     told = f"In cross-validation it finds the cluster of {accuracy:.0%} of the training prompts. " if accuracy else ""
     text = (
         f"A linear head on {found.router['encoder']} reads the prompt only. {told}Its confidence is calibrated with "
-        f"temperature {found.router['temperature']:.2f}; below {threshold:.2f} the generalist answers."
+        f"temperature {found.router['temperature']:.2f}; {abstains if threshold else 'it never abstains'}."
     )
     return Section("router", "The router", text, tuple(parts))
 
@@ -375,7 +380,7 @@ def _spectrum(found: Findings) -> Section | None:
 
 def _stages(run: RunDirectory) -> Section | None:
     records = run.manifest().stages
-    rows = [(name, record.seconds, _duration(record.seconds)) for name, record in records.items() if record.seconds]
+    rows = [(name, record.seconds, duration(record.seconds)) for name, record in records.items() if record.seconds]
     if not rows:
         return None
     figure = Figure("Seconds of each stage", figures.bars(rows, "Time of each stage"))
@@ -390,11 +395,3 @@ def _footer(recipe: Recipe, run: RunDirectory) -> tuple[tuple[str, str], ...]:
 
 def _at(values: list[Any] | None, index: int) -> Any:
     return values[index] if values and index < len(values) else None
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 100 else f"{seconds:.1f} s"
-
-
-def _shorten(text: str, characters: int) -> str:
-    return text if len(text) <= characters else text[: characters - 1].rstrip() + "…"

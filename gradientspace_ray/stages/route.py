@@ -64,7 +64,8 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
         save_router(folder, fit.head, settings)
     write_registry(run, _registry(recipe, run, experts))
     accuracy_text = f"accuracy {accuracy:.0%} in cross-validation" if accuracy is not None else "not cross-validated"
-    abstains = "always abstains" if settings.threshold > 1 else f"abstains below {settings.threshold:.2f}"
+    abstains = f"abstains below {settings.threshold:.2f}" if 0 < settings.threshold <= 1 else "always abstains"
+    abstains = abstains if settings.threshold else "never abstains"
     return Summary(
         made=f"router over {len(experts)} experts, {accuracy_text}, {abstains}",
         counts={"experts": len(experts), "accuracy": accuracy, "temperature": settings.temperature},
