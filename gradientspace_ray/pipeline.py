@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -203,7 +205,7 @@ def run_pipeline(
     chosen = STAGES[: names.index(until) + 1] if until else STAGES
     # Ray's C++ core warns on the driver's terminal about what Ray Data does; errors come back as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with Lease(run) as lease:
+    with Lease(run) as lease, _noticing_interrupts() as check_interrupts:
         run.write_bytes("recipe.yaml", dump_recipe(recipe).encode())
         run.delete(".staging")
         _mark_stale(recipe, run, again)
@@ -221,10 +223,33 @@ def run_pipeline(
             console.print(f"[bold]{stage.name}[/bold]")
             if stage.name == again:
                 _forget(stage, run)
-            record = _run_stage(stage, digest, recipe, run, lease)
+            record = _run_stage(stage, digest, recipe, run, lease, check_interrupts)
             console.print(f"[green]{stage.name:<10}[/green] {record.seconds:.0f} s: {escape(record.made)}")
     records = run.manifest().stages
     return {stage.name: records[stage.name] for stage in chosen}
+
+
+@contextlib.contextmanager
+def _noticing_interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C raises KeyboardInterrupt as ever; where a library swallowed that, the check that is yielded raises it."""
+    pressed = threading.Event()
+
+    def press(number: int, frame: Any) -> None:
+        pressed.set()
+        signal.default_int_handler(number, frame)
+
+    def check() -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _current_record(stage: Stage, digest: str, run: RunDirectory) -> StageRecord | None:
@@ -255,7 +280,9 @@ def _forget(stage: Stage, run: RunDirectory) -> None:
         run.delete(name)
 
 
-def _run_stage(stage: Stage, digest: str, recipe: Recipe, run: RunDirectory, lease: Lease) -> StageRecord:
+def _run_stage(
+    stage: Stage, digest: str, recipe: Recipe, run: RunDirectory, lease: Lease, check_interrupts: Callable[[], None]
+) -> StageRecord:
     started_at, clock = time.time(), time.monotonic()
     versions = {"gradientspace-ray": __version__} | {name: metadata.version(name) for name in REPORTED_PACKAGES}
     running = StageRecord(status="running", digest=digest, versions=versions, started_at=started_at)
@@ -271,6 +298,7 @@ def _run_stage(stage: Stage, digest: str, recipe: Recipe, run: RunDirectory, lea
         for function in stage.functions:
             summary = function(recipe, run)
             counts |= summary.counts
+            check_interrupts()
     except KeyboardInterrupt:
         end(status="interrupted")
         raise

@@ -1,8 +1,11 @@
 """What is skipped, repeated and recorded, with stages that write their outputs and do nothing else."""
 
+import contextlib
 import dataclasses
 import io
 import os
+import signal
+import time
 
 import pytest
 import torch
@@ -98,6 +101,22 @@ def test_ctrl_c_in_any_stage_repeats_that_stage_alone(line, recipe, tmp_path, na
     records, _ = run_all(recipe, run)
     assert line.ran == NAMES[len(before) :]
     assert all(record.status == "done" for record in records.values())
+
+
+def test_a_ctrl_c_that_a_library_swallows_ends_the_run_after_that_stage(line, recipe, tmp_path):
+    def swallow():
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+    run = RunDirectory(tmp_path / "run")
+    line.before = {"cluster": swallow}
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(recipe, run)
+    assert run.manifest().stages["cluster"].status == "interrupted"
+    assert line.ran[-1] == "cluster"
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_finished_run_starts_nothing(line, recipe, tmp_path):
