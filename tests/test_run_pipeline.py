@@ -217,10 +217,11 @@ def test_large_weights_are_told_apart_by_size_and_time(tmp_path, monkeypatch):
 
 def test_auto_is_decided_once_and_what_is_decided_counts(line, recipe, tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "run")
-    automatic = changed(recipe, "model", compute_dtype="auto")
+    automatic = changed(recipe, "model", dtype="auto", compute_dtype="auto")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     run_all(automatic, run)
-    assert load_recipe(run.path("recipe.yaml")).model.compute_dtype == "bfloat16"
+    resolved = load_recipe(run.path("recipe.yaml")).model
+    assert resolved.dtype == resolved.compute_dtype == "bfloat16"
     assert set(line.dtypes) == {"bfloat16"}
     line.ran = []
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
