@@ -63,6 +63,21 @@ def test_every_adapter_gives_peft_s_logits(tiny_model_dir, model, adapters):
 
 
 @torch.no_grad()
+def test_bfloat16_weights_are_as_near_to_float32_as_peft_s(tiny_model_dir, adapters):
+    model = load_base(str(tiny_model_dir), "bfloat16", attention="sdpa")
+    slots = Slots.like(model, adapters[0].folder, capacity=1)
+    input_ids = token_ids(2)
+    exact = peft_logits(tiny_model_dir, adapters[0], input_ids)
+    peft = PeftModel.from_pretrained(
+        load_base(str(tiny_model_dir), "bfloat16", attention="sdpa"), adapters[0].folder
+    ).eval()
+    with slots.lease(adapters[0]) as index, slots.rows([index, index]):
+        distance = (model(input_ids).logits.float() - exact).norm()
+    assert distance <= 1.5 * (peft(input_ids).logits.float() - exact).norm()
+    assert distance < 0.1 * (exact - peft_logits(tiny_model_dir, None, input_ids)).norm()
+
+
+@torch.no_grad()
 def test_rows_of_one_batch_use_different_adapters(tiny_model_dir, model, adapters):
     slots = Slots.like(model, adapters[0].folder, capacity=4)
     leases = [slots.acquire(adapter) for adapter in (*adapters, None, adapters[1])]

@@ -9,6 +9,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -60,6 +62,12 @@ def _package_folder(wheel: str) -> Path | None:
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
+    """`_write_model` in a process of its own, which gives back the memory that de-quantising takes."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(_write_model, gguf_file, folder).result()
+
+
+def _write_model(gguf_file: Path, folder: Path) -> None:
     """Write the de-quantised model, float32, with tokenizer, chat template and generation configuration."""
     source, file_name = str(gguf_file.parent), gguf_file.name
     staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
