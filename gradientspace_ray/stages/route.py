@@ -64,12 +64,16 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
         save_router(folder, fit.head, settings)
     write_registry(run, _registry(recipe, run, experts))
     accuracy_text = f"accuracy {accuracy:.0%} in cross-validation" if accuracy is not None else "not cross-validated"
-    abstains = f"abstains below {settings.threshold:.2f}" if 0 < settings.threshold <= 1 else "always abstains"
-    abstains = abstains if settings.threshold else "never abstains"
     return Summary(
-        made=f"router over {len(experts)} experts, {accuracy_text}, {abstains}",
+        made=f"router over {len(experts)} experts, {accuracy_text}, {_habit(settings.threshold)}",
         counts={"experts": len(experts), "accuracy": accuracy, "temperature": settings.temperature},
     )
+
+
+def _habit(threshold: float) -> str:
+    if not threshold:
+        return "never abstains"
+    return f"abstains below {threshold:.2f}" if threshold <= 1 else "always abstains"
 
 
 def _encodings(recipe: Recipe, run: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
