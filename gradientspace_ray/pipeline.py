@@ -33,7 +33,7 @@ REPORTED_PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "sciki
 SPEED_SETTINGS = {
     "experts": {"max_concurrent", "tokens_per_batch"},
     "warmup": {"tokens_per_batch"},
-    "gradients": {"tokens_per_batch", "workers"},
+    "gradients": {"tokens_per_batch", "workers", "checkpointing"},
     "evaluate": {"tokens_per_batch", "workers"},
 }
 

@@ -97,11 +97,18 @@ class GradientsSection(Section):
 
     labels: Literal["response", "instruction", "all"] = "response"
     loss: Literal["mean", "sum"] = "mean"
-    normalisation: Literal["example", "none"] = "example"
-    """`example` scales each gradient to unit length."""
+    normalisation: Literal["example", "module", "none"] = "example"
+    """`example` scales each gradient to unit length; `module` first gives every adapted layer an equal part of it."""
+    preconditioner: Literal["none", "adam", "less"] = "none"
+    """Scale gradients as the warm-up's Adam would: `adam` by its denominators alone, `less` with its momentum too."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the buffer of gradients that the sketch absorbs at once."""
+    checkpointing: bool = False
+    """Keep less for the backward pass, at the price of a second forward pass, for models that do not fit otherwise."""
     examples_per_shard: Positive = 128
     """Examples in one shard, the unit of work, retry and commit."""
-    tokens_per_batch: Positive = 1024
+    tokens_per_batch: Positive | Literal["auto"] = "auto"
+    """Tokens in one forward and backward pass; `auto` is as many as fit into memory and are of use."""
     workers: Positive = 2
     """Extraction actors."""
 

@@ -46,9 +46,13 @@ def mean_loss(model, examples):
     return torch.cat(losses).mean()
 
 
-def plain_training(model, examples, steps, *, peak, warmup_share, weight_decay=0.0, max_grad_norm=1.0):
+def adamw(model, weight_decay=0.0):
+    return torch.optim.AdamW(trainable(model), weight_decay=weight_decay)
+
+
+def plain_training(model, examples, steps, *, peak, warmup_share, weight_decay=0.0, max_grad_norm=1.0, optimizer=None):
     """Linear rise, cosine to a tenth, AdamW, gradient clipping; one worker, no packing. Returns the losses."""
-    optimizer = torch.optim.AdamW(trainable(model), lr=peak, weight_decay=weight_decay)
+    optimizer = optimizer or adamw(model, weight_decay)
     rising = round(len(steps) * warmup_share)
     losses = []
     for index, step in enumerate(steps):
@@ -62,3 +66,20 @@ def plain_training(model, examples, steps, *, peak, warmup_share, weight_decay=0
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def assert_moments_are(moments, model, optimizer, message=""):
+    """Compare moments with the state of the optimizer that trained a model's one adapter, `default`."""
+    weights = {name.replace(".default.", "."): weight for name, weight in model.named_parameters()}
+    weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    for key, part in (("exp_avg", moments.first), ("exp_avg_sq", moments.second)):
+        assert set(part) == set(weights), message
+        for name, weight in weights.items():
+            wanted = optimizer.state[weight][key]
+            assert part[name].dtype == torch.float32
+            assert part[name].shape == wanted.shape, f"{message} {name}"
+            error = float((part[name] - wanted).norm() / wanted.norm())
+            assert error < 1e-3, f"{message} {key} of {name} is off by {error:.1e}"
+    assert moments.step == next(iter(optimizer.state.values()))["step"], message
+    group = optimizer.param_groups[0]
+    assert (moments.betas, moments.eps) == (group["betas"], group["eps"])

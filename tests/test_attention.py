@@ -26,7 +26,7 @@ from gradientspace_ray.models.attention import (
     check_layer_types,
     packed_arguments,
 )
-from gradientspace_ray.models.loading import check_packing
+from gradientspace_ray.models.reading import check_packing
 
 SIZES = {
     "vocab_size": 64,

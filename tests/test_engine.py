@@ -27,7 +27,7 @@ def adapters(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture
 def engine(tiny_model_dir, tokenizer, adapters):
-    model = load_base(str(tiny_model_dir), attention="sdpa")
+    model = load_base(str(tiny_model_dir))
     engine = Engine(model, tokenizer, Slots.like(model, adapters[0].folder, capacity=2))
     yield engine
     engine.close()
@@ -40,7 +40,7 @@ async def answer(engine, prompt_ids, sampling, adapter=None):
 
 
 def peft_text(model_dir, tokenizer, adapter, prompt_ids, max_tokens):
-    model = load_base(str(model_dir), attention="sdpa")
+    model = load_base(str(model_dir))
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter.folder).eval()
     ids = torch.tensor([prompt_ids])
@@ -95,7 +95,7 @@ def test_end_tokens_and_stop_texts_end_an_answer(tiny_model_dir, tokenizer, engi
     stopped, last = asyncio.run(answer(engine, prompt_ids, Sampling(max_tokens=24, temperature=0, stop=(stop,))))
     assert (stopped, last.finish_reason) == (text[:start], "stop")
 
-    first = int(load_base(str(tiny_model_dir), attention="sdpa")(torch.tensor([prompt_ids])).logits[0, -1].argmax())
+    first = int(load_base(str(tiny_model_dir))(torch.tensor([prompt_ids])).logits[0, -1].argmax())
     engine._end_tokens = frozenset({first})
     ended, last = asyncio.run(answer(engine, prompt_ids, greedy))
     assert (ended, last.finish_reason, last.completion_tokens) == ("", "stop", 1)
@@ -162,7 +162,7 @@ def test_an_error_reaches_only_its_request(tokenizer, adapters, engine, tmp_path
 
 def test_autocast_computes_as_training_does(tiny_model_dir, tokenizer, adapters):
     prompt_ids = tokenizer(PROMPTS[0])["input_ids"]
-    model = load_base(str(tiny_model_dir), attention="sdpa")
+    model = load_base(str(tiny_model_dir))
     engine = Engine(model, tokenizer, Slots.like(model, adapters[0].folder, capacity=1), torch.bfloat16)
     text, last = asyncio.run(answer(engine, prompt_ids, Sampling(max_tokens=6, temperature=0), adapters[0]))
     engine.close()

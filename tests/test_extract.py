@@ -41,7 +41,7 @@ def new_run(folder, model_dir, count=COUNT):
 
 def autograd_gradients(run, model_dir):
     """Unit gradients by plain autograd, one example at a time, in the order of sorted ids."""
-    model = load_adapter(load_base(str(model_dir), attention="sdpa"), run.fetch("generalist"), trainable=True)
+    model = load_adapter(load_base(str(model_dir)), run.fetch("generalist"), trainable=True)
     rows = sorted(run.read_table("examples/train.parquet").to_pylist(), key=lambda row: row["id"])
     weights = [weight for name, weight in model.named_parameters() if "lora_" in name]
     gradients = []

@@ -7,14 +7,23 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from reference_training import flat_weights, plain_training, random_examples, tiny_adapted_model, trainable
+from reference_training import (
+    adamw,
+    assert_moments_are,
+    flat_weights,
+    plain_training,
+    random_examples,
+    tiny_adapted_model,
+    trainable,
+)
 from test_per_sample import DTYPES, autocast
 
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.loading import load_adapter
+from gradientspace_ray.models.moments import load_moments, save_moments
 from gradientspace_ray.recipe import TrainingSection
 from gradientspace_ray.registry import adapter_digest
-from gradientspace_ray.training.checkpoints import TrainingRecord, save
+from gradientspace_ray.training.checkpoints import TrainingRecord, gather_moments, save
 from gradientspace_ray.training.loop import TokenLosses, TrainingError, train
 from gradientspace_ray.training.schedule import plan_steps
 
@@ -47,17 +56,21 @@ class PlainEngine:
         self.optimizer.zero_grad()
 
 
-def plain_losses_and_weights(steps):
+def plainly_trained(steps):
+    """Losses, model and optimizer of a plain loop."""
     model = tiny_adapted_model()
+    optimizer = adamw(model, SETTINGS.weight_decay)
     losses = plain_training(
-        model, EXAMPLES, steps, **SCHEDULE, weight_decay=SETTINGS.weight_decay, max_grad_norm=SETTINGS.max_grad_norm
+        model, EXAMPLES, steps, **SCHEDULE, max_grad_norm=SETTINGS.max_grad_norm, optimizer=optimizer
     )
-    return losses, flat_weights(model)
+    return losses, model, optimizer
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return plain_losses_and_weights(STEPS)
+    """Losses and weights of a plain loop."""
+    losses, model, _ = plainly_trained(STEPS)
+    return losses, flat_weights(model)
 
 
 def segmented_model():
@@ -148,7 +161,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def _deepspeed_worker(rank, world_size, port, folder):
-    """Train a few steps with every ZeRO stage; rank 0 writes losses and weights."""
+    """Train a few steps with every ZeRO stage; rank 0 writes losses, weights and Adam's moments."""
     torch.set_num_threads(1)
     names = {
         "RANK": rank,
@@ -168,16 +181,19 @@ def _deepspeed_worker(rank, world_size, port, folder):
         outcome = train(
             engine, EXAMPLES, STEPS[:8], **SCHEDULE, tokens_per_batch=60, world_rank=rank, world_size=world_size
         )
+        full_state = deepspeed.utils.safe_get_full_optimizer_state
+        moments = gather_moments(model, engine.basic_optimizer, full_state)
         with deepspeed.zero.GatheredParameters(trainable(model), enabled=zero_stage == 3):
             if rank == 0:
+                save_moments(moments, folder / f"{zero_stage}")
                 np.savez(folder / f"{zero_stage}.npz", losses=outcome.losses, weights=flat_weights(model).numpy())
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_every_zero_stage_on_two_workers_gives_the_losses_and_weights_of_a_plain_loop(tmp_path):
-    losses, weights = plain_losses_and_weights(STEPS[:8])
+def test_every_zero_stage_on_two_workers_gives_losses_weights_and_moments_of_a_plain_loop(tmp_path):
+    losses, model, optimizer = plainly_trained(STEPS[:8])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -185,4 +201,5 @@ def test_every_zero_stage_on_two_workers_gives_the_losses_and_weights_of_a_plain
     for zero_stage in range(4):
         found = np.load(tmp_path / f"{zero_stage}.npz")
         np.testing.assert_allclose(found["losses"], losses, atol=1e-4, err_msg=f"ZeRO {zero_stage}")
-        np.testing.assert_allclose(found["weights"], weights, atol=1e-4, err_msg=f"ZeRO {zero_stage}")
+        np.testing.assert_allclose(found["weights"], flat_weights(model), atol=1e-4, err_msg=f"ZeRO {zero_stage}")
+        assert_moments_are(load_moments(tmp_path / f"{zero_stage}"), model, optimizer, f"ZeRO {zero_stage}:")

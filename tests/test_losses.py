@@ -45,19 +45,38 @@ def test_example_without_labels_is_nan_or_zero() -> None:
     assert example_nll(nll_L, owners_L, 3).isnan().tolist() == [True, True, False]
 
 
-def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk_elements", [1, 50 * 4, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_token_losses_are_pytorchs_cross_entropy(
+    chunk_elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", chunk_elements)
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(23, 50, generator=generator).requires_grad_()
+    logits = (5 * torch.randn(23, 50, generator=generator)).to(dtype).requires_grad_()
     labels = torch.randint(50, (23,), generator=generator)
     weights = torch.rand(23, generator=generator)
 
-    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
-        nll = losses._cross_entropy(logits, labels)
-        return nll, torch.autograd.grad((nll * weights).sum(), logits)[0]
+    def reference(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        wide = logits if dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(wide, labels, reduction="none")
 
-    whole = loss_and_gradient()
-    monkeypatch.setattr(losses, "MAX_CHUNK_ELEMENTS", 50 * 4)
-    torch.testing.assert_close(loss_and_gradient(), whole)
+    ours, expected = (
+        (nll := function(logits, labels), torch.autograd.grad((nll * weights).sum(), logits)[0])
+        for function in (losses._TokenNll.apply, reference)
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_padded_batches_give_the_losses_of_the_packed_row(peft: bool) -> None:
+    model = adapted(r=2) if peft else random_causal_lm(tiny_llama_config())
+    packed = pack(ragged([9, 31, 4, 2]))
+    base = model.get_base_model() if peft else model
+    with torch.no_grad():
+        base.set_attn_implementation(SEGMENTED)
+        expected_L = label_nll(model, packed)
+        base.set_attn_implementation("sdpa")
+        torch.testing.assert_close(label_nll(model, packed), expected_L, rtol=1e-5, atol=1e-6)
 
 
 def test_head_runs_at_label_positions_only() -> None:
@@ -68,6 +87,10 @@ def test_head_runs_at_label_positions_only() -> None:
     label_nll(model, packed)
     assert rows == [len(packed.label_ids)]
     assert rows[0] < 48
+    # Of a padded batch: at the places where any of its examples predicts a label.
+    model.get_base_model().set_attn_implementation("sdpa")
+    label_nll(model, packed)
+    assert rows[1] < 30
 
 
 @pytest.mark.parametrize(("dtype", "compute_dtype"), DTYPES)
@@ -95,5 +118,7 @@ def test_a_model_that_computes_all_logits_is_refused() -> None:
     base = model.get_base_model()
     forward = base.forward
     base.forward = lambda *args, logits_to_keep=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(UnsupportedModelError, match="ignores logits_to_keep"):
-        label_nll(model, pack(ragged([20, 30])))
+    for attention in (SEGMENTED, "sdpa"):
+        base.set_attn_implementation(attention)
+        with pytest.raises(UnsupportedModelError, match="ignores logits_to_keep"):
+            label_nll(model, pack(ragged([20, 30])))

@@ -2,19 +2,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradientspace_ray.examples.packing import pack, plan_batches
+from gradientspace_ray.examples.packing import pack, pad, plan_batches
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=40)
 LABELLED = st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=12), min_size=1)
 
 
-@given(LENGTHS, st.integers(1, 80))
-def test_every_example_is_in_one_row_and_rows_keep_the_budget(lengths, budget):
-    batches = plan_batches(lengths, budget)
+@given(LENGTHS, st.integers(1, 80), st.booleans())
+def test_every_example_is_in_one_batch_and_batches_keep_the_budget(lengths, budget, padded):
+    batches = plan_batches(lengths, budget, padded)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or sum(lengths[index] for index in batch) <= budget
-    assert batches == plan_batches(lengths, budget)
+        sizes = [lengths[index] for index in batch]
+        assert len(batch) == 1 or (len(sizes) * max(sizes) if padded else sum(sizes)) <= budget
+    assert batches == plan_batches(lengths, budget, padded)
 
 
 @given(LABELLED)
@@ -30,6 +31,9 @@ def test_a_packed_row_against_its_examples_one_by_one(drawn):
         assert packed.input_ids[0, start:end].tolist() == ids
         assert packed.position_ids[0, start:end].tolist() == list(range(len(ids)))
         expected += [(start + t - 1, labels[t], number) for t in range(1, len(ids)) if labels[t] != -100]
+    assert packed.lengths == [len(ids) for ids, _ in examples]
+    longest = max(packed.lengths)
+    assert pad(packed).tolist() == [ids + [0] * (longest - len(ids)) for ids, _ in examples]
     found = zip(packed.label_positions.tolist(), packed.label_ids.tolist(), packed.label_examples.tolist(), strict=True)
     assert list(found) == expected
 

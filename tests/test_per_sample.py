@@ -1,17 +1,55 @@
 """Per-sample gradients against autograd on each example alone, unpadded, with transformers' own loss."""
 
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import random_causal_lm, tiny_llama_config
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, Qwen3Config
+from transformers import (
+    FalconConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
+from gradientspace_ray.examples.packing import Packed, pack
+from gradientspace_ray.gradients import packed as packed_path
+from gradientspace_ray.gradients import per_sample
 from gradientspace_ray.gradients.per_sample import PerSampleGradients
-from gradientspace_ray.models.attention import SEGMENTED
+from gradientspace_ray.gradients.preconditioner import Preconditioner
+from gradientspace_ray.models import losses
+from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError
+from gradientspace_ray.models.moments import AdamMoments
 
+PATHS = ["packed", "padded"]
+SIZES = {
+    "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+ARCHITECTURES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=9),
+    "gemma": GemmaConfig(**GROUPED),
+    "gpt-neox": GPTNeoXConfig(**SIZES, intermediate_size=48),
+    "phi": PhiConfig(**SIZES, intermediate_size=48, num_key_value_heads=2),
+    "gpt2-conv1d": GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
+}
 Rows = list[tuple[list[int], list[int]]]
 VARIANTS: dict[str, dict] = {
     "plain": {"r": 4, "lora_alpha": 16},
@@ -26,17 +64,20 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-def adapted(base: torch.nn.Module | None = None, **config: object) -> PeftModel:
+def adapted(
+    base: torch.nn.Module | None = None, attention: str | None = SEGMENTED, b_std: float = 0.2, **config: object
+) -> PeftModel:
     """A tiny model with an adapter whose B is not zero; fresh adapters would make half of every test vacuous."""
     base = base if base is not None else random_causal_lm(tiny_llama_config())
-    base.set_attn_implementation(SEGMENTED)
+    if attention:
+        base.set_attn_implementation(attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         settings_ = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
         model = get_peft_model(base.requires_grad_(False), LoraConfig(**settings_)).eval()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
+                torch.nn.init.normal_(parameter, std=b_std)
     return model
 
 
@@ -86,48 +127,100 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float(((ours - reference).norm(dim=1) / reference.norm(dim=1)).max())
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("loss", ["mean", "sum"])
-def test_equals_autograd_one_by_one(name: str, loss: str) -> None:
+def test_equals_autograd_one_by_one(name: str, loss: str, path: str) -> None:
     model = adapted(**VARIANTS[name])
     examples = ragged([7, 40, 3, 18, 25, 2])
-    engine = PerSampleGradients(model, loss=loss, tokens_per_batch=64)
+    engine = PerSampleGradients(model, loss=loss, tokens_per_batch=64, path=path)
     assert relative_error(engine.gradients(examples), oracle(model, examples, loss)) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Qwen3Config(
-            vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, initializer_range=0.2, pad_token_id=None,
-        ),
-        GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
-    ],
-    ids=["qwen3", "gpt2-conv1d"],
-)  # fmt: skip
-def test_other_architectures(config: object) -> None:
-    model = adapted(random_causal_lm(config), r=4, lora_alpha=8)
-    examples = ragged([9, 30, 4])
-    assert relative_error(PerSampleGradients(model).gradients(examples), oracle(model, examples)) < 1e-5
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
+def test_every_architecture(name: str, path: str, dtype: torch.dtype, bound: float) -> None:
+    model = adapted(random_causal_lm(ARCHITECTURES[name]), **VARIANTS["rslora"]).to(dtype)
+    engine = PerSampleGradients(model, tokens_per_batch=64, path=path, dtype=dtype)
+    examples = ragged([9, 30, 4, 2, 55])
+    assert relative_error(engine.gradients(examples), oracle(model, examples)) < bound
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=9), st.integers(0, 10**6), st.integers(1, 200))
-def test_any_lengths_and_any_budget(lengths: list[int], seed: int, tokens_per_batch: int) -> None:
-    model = adapted(**VARIANTS["plain"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt-neox"])
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=9),
+    seed=st.integers(0, 10**6),
+    tokens_per_batch=st.one_of(st.integers(1, 200), st.just("auto")),
+)
+def test_any_lengths_and_any_budget(
+    name: str, path: str, lengths: list[int], seed: int, tokens_per_batch: int | str
+) -> None:
+    model = adapted(random_causal_lm(ARCHITECTURES[name]), **VARIANTS["plain"])
     examples = ragged(lengths, seed)
-    engine = PerSampleGradients(model, tokens_per_batch=tokens_per_batch)
+    engine = PerSampleGradients(model, tokens_per_batch=tokens_per_batch, path=path)
     assert relative_error(engine.gradients(examples), oracle(model, examples)) < 1e-5
 
 
-def test_an_example_does_not_depend_on_its_company() -> None:
-    model = adapted(**VARIANTS["plain"])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.permutations(range(6)), st.integers(1, 100), st.sampled_from(PATHS))
+def test_an_example_does_not_depend_on_its_company(order: list[int], tokens_per_batch: int, path: str) -> None:
     examples = ragged([7, 40, 3, 18, 25, 2])
-    together = PerSampleGradients(model, tokens_per_batch=1000).gradients(examples)
-    order = [4, 2, 0, 5, 1, 3]
-    permuted = PerSampleGradients(model, tokens_per_batch=30).gradients([examples[index] for index in order])
-    assert relative_error(permuted, together[order]) < 1e-5
+    # In float64 all that is left is rounding; in float32 its size depends on the model: a B of 0.2 doubles it, in
+    # autograd's own gradients too.
+    for dtype, b_std, bound in ((torch.float64, 0.2, 1e-13), (torch.float32, 0.05, 1e-6)):
+        model = adapted(**VARIANTS["plain"], b_std=b_std).to(dtype)
+        together = PerSampleGradients(model, tokens_per_batch=1000, dtype=dtype).gradients(examples)
+        engine = PerSampleGradients(model, tokens_per_batch=tokens_per_batch, path=path, dtype=dtype)
+        permuted = engine.gradients([examples[index] for index in order])
+        assert relative_error(permuted, together[order]) < bound
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**GROUPED, attn_logit_softcapping=2.0), "Gemma2Attention uses logit soft-capping"),
+        (FalconConfig(**SIZES, alibi=False), "FalconForCausalLM does not take segmented attention"),
+    ],
+    ids=["gemma2", "falcon"],
+)
+def test_a_model_that_cannot_be_packed_is_read_in_padded_batches(
+    config: PreTrainedConfig, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(random_causal_lm(config), attention=None, **VARIANTS["plain"])
+    engine = PerSampleGradients(model)
+    assert engine.path == "padded"
+    assert f"per-sample gradients on the padded path: {reason}" in caplog.text
+    examples = ragged([9, 30, 4])
+    assert relative_error(engine.gradients(examples), oracle(model, examples)) < 1e-5
+    with pytest.raises(UnsupportedModelError, match=reason):
+        PerSampleGradients(model, path="packed")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_of_any_attention_is_packed_and_keeps_its_own(attention: str) -> None:
+    model = adapted(attention=attention, **VARIANTS["plain"])
+    examples = ragged([9, 30, 4])
+    engine = PerSampleGradients(model)
+    assert engine.path == "packed"
+    assert model.config._attn_implementation == attention
+    assert relative_error(engine.gradients(examples), oracle(model, examples)) < 1e-5
+    assert model.config._attn_implementation == attention
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    model = adapted(**VARIANTS["plain"])
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.forward = partial(_reversed_attention, layer.self_attn.forward)
+    with pytest.raises(UnsupportedModelError, match="llama models look at the padding after an example"):
+        PerSampleGradients(model)
+
+
+def _reversed_attention(forward: Callable[..., tuple], hidden_states: torch.Tensor, **kwargs: object) -> tuple:
+    output, *rest = forward(hidden_states=hidden_states, **kwargs)
+    return output + output.flip(1), *rest
 
 
 def test_label_policies() -> None:
@@ -199,13 +292,133 @@ def test_a_layer_used_twice_adds_up() -> None:
     assert relative_error(PerSampleGradients(model).gradients(examples), oracle(model, examples)) < 1e-5
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    model = adapted(**VARIANTS["plain"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("own", [False, True])
+def test_activation_checkpointing_changes_nothing(path: str, own: bool) -> None:
+    model = adapted(**VARIANTS["plain"], lora_dropout=0.0 if own else 0.5)
     examples = ragged([12, 5, 30])
     reference = oracle(model, examples)
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    assert relative_error(PerSampleGradients(model).gradients(examples), reference) < 1e-5
+    forwards = []
+    model.get_base_model().model.layers[0].self_attn.register_forward_hook(lambda *_: forwards.append(1))
+    if own:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    engine = PerSampleGradients(model, checkpointing=not own, tokens_per_batch=100, path=path)
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    forwards.clear()
+    assert relative_error(engine.gradients(examples), reference) < 1e-5
+    assert len(forwards) == 2
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+
+
+def test_checkpointing_wakes_no_dropout() -> None:
+    config = OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.5, max_position_embeddings=128)
+    model = adapted(random_causal_lm(config), **VARIANTS["plain"])
+    examples = ragged([12, 5, 30])
+    engine = PerSampleGradients(model, checkpointing=True)
+    assert relative_error(engine.gradients(examples), oracle(model, examples)) < 1e-5
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalisation", ["none", "example", "module"])
+def test_normalisation_and_type_of_the_result(path: str, dtype: torch.dtype, normalisation: str) -> None:
+    model = adapted(**VARIANTS["plain"])
+    examples = ragged([12, 5, 30])
+    engine = PerSampleGradients(model, normalisation=normalisation, dtype=dtype, path=path)
+    ours = engine.gradients(examples)
+    assert ours.dtype == dtype
+    expected = oracle(model, examples)
+    if normalisation == "module":
+        for a, b in zip(engine.columns[::2], engine.columns[1::2], strict=True):
+            part = slice(a.offset, b.offset + b.shape[0] * b.shape[1])
+            expected[:, part] /= expected[:, part].norm(dim=1, keepdim=True)
+    if normalisation != "none":
+        expected /= expected.norm(dim=1, keepdim=True)
+    assert relative_error(ours.float(), expected) < (1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def test_a_layer_without_gradient_stays_zero_in_every_normalisation() -> None:
+    model = adapted(**VARIANTS["plain"])
+    for name, parameter in model.named_parameters():
+        if "layers.0.mlp.up_proj.lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    engine = PerSampleGradients(model, normalisation="module")
+    gradients = engine.gradients(ragged([12, 5]))
+    silent = next(column for column in engine.columns if "layers.0.mlp.up_proj.lora_A" in column.name)
+    assert gradients[:, silent.offset : silent.offset + silent.shape[0] * silent.shape[1]].abs().max() == 0
+    torch.testing.assert_close(gradients.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", ["adam", "less"])
+def test_the_preconditioner_comes_before_the_normalisation(kind: str) -> None:
+    model = adapted(**VARIANTS["plain"])
+    examples = ragged([12, 5, 30])
+    plain = PerSampleGradients(model)
+    shapes = {column.name: column.shape for column in plain.columns}
+    generator = torch.Generator().manual_seed(0)
+    first, second = ({name: torch.rand(shape, generator=generator) for name, shape in shapes.items()} for _ in range(2))
+    moments = AdamMoments(first, second, 7, (0.9, 0.999), 1e-8)
+    expected = plain.gradients(examples)
+    Preconditioner(kind, moments, plain.columns).apply(expected)
+    expected /= expected.norm(dim=1, keepdim=True)
+    engine = PerSampleGradients(model, preconditioner=kind, moments=moments, normalisation="example")
+    torch.testing.assert_close(engine.gradients(examples), expected)
+    with pytest.raises(ValueError, match=f"preconditioner '{kind}' needs the optimizer's moments"):
+        PerSampleGradients(model, preconditioner=kind)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("tokens_per_batch", [200, "auto"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_running_out_of_memory_halves_the_budget_and_loses_no_example(
+    path: str,
+    tokens_per_batch: int | str,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = adapted(**VARIANTS["plain"])
+    examples = ragged([40, 3, 18, 25, 2, 31, 12, 9, 4])
+    tried = []
+
+    def label_nll(model_: PeftModel, packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+        tokens = len(packed.lengths) * max(packed.lengths)
+        tried.append(tokens)
+        nll_L = losses.label_nll(model_, packed, dtype)
+        if tokens > 60 and where == "forward":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+        if tokens > 60:
+            nll_L.register_hook(_raise_out_of_memory)
+        return nll_L
+
+    engine = PerSampleGradients(model, tokens_per_batch=tokens_per_batch, path=path)
+    monkeypatch.setattr(per_sample, "label_nll", label_nll)
+    gradients = engine.gradients(examples)
+    assert max(tried) > 60
+    assert "out of memory; going on with" in caplog.text
+    assert relative_error(gradients, oracle(model, examples)) < 1e-5
+    # What did not fit once is not tried again.
+    tried.clear()
+    engine.gradients(examples)
+    assert max(tried) <= 60 or engine.tokens_per_batch <= 60
+
+
+def _raise_out_of_memory(gradient: torch.Tensor) -> None:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
+
+
+def test_one_example_that_does_not_fit_is_named_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(**VARIANTS["plain"])
+
+    def label_nll(_model: PeftModel, packed: Packed, _dtype: torch.dtype) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+    monkeypatch.setattr(per_sample, "label_nll", label_nll)
+    for checkpointing, mend in ((False, "set gradients.checkpointing"), (True, "lower data.max_tokens")):
+        engine = PerSampleGradients(model, checkpointing=checkpointing)
+        with pytest.raises(torch.OutOfMemoryError, match=rf"example 1: its 30 tokens .* 7 GiB\); {mend}"):
+            engine.gradients(ragged([12, 30]))
 
 
 @pytest.mark.parametrize(("dtype", "compute_dtype"), DTYPES)
@@ -230,8 +443,9 @@ def test_costs_no_more_arithmetic_than_the_ordinary_backward_pass() -> None:
     model = adapted(**VARIANTS["plain"])
     # With all labels, so that the head, which the ordinary pass computes everywhere, gives no slack.
     examples = [(ids, ids) for ids, _ in ragged([60])]
+    engine = PerSampleGradients(model)
     with FlopCounterMode(display=False) as ours:
-        PerSampleGradients(model).gradients(examples)
+        engine.gradients(examples)
     with FlopCounterMode(display=False) as ordinary:
         oracle(model, examples)
     assert ours.get_total_flops() <= ordinary.get_total_flops()
@@ -255,3 +469,53 @@ def test_an_out_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="needed: float32"):
         engine.gradients(ragged([5]), out=torch.empty(1, engine.dimension, dtype=torch.bfloat16))
     assert engine.gradients([]).shape == (0, engine.dimension)
+
+
+def test_grouped_products_are_those_of_the_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packed_path._grouped_agrees(torch.device("cpu"))
+    base = random_causal_lm(tiny_llama_config())
+    base.model.layers[1].mlp = base.model.layers[0].mlp
+    model = adapted(base, r=8, lora_alpha=8)
+    examples = ragged([12, 5, 30, 2])
+    sliced = PerSampleGradients(model).gradients(examples)
+    grouped = []
+
+    def fits(left: torch.Tensor, right: torch.Tensor) -> bool:
+        grouped.append(left.shape)
+        return True
+
+    monkeypatch.setattr(packed_path, "_grouped_fits", fits)
+    assert relative_error(PerSampleGradients(model).gradients(examples), sliced) < 1e-6
+    assert grouped
+
+
+def _peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes of tensors at once beyond those that were there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in recorded.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    return max(accumulate(size for _, size in sorted(changes)))
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_the_ordinary_passes_and_the_result(compute_dtype: torch.dtype) -> None:
+    config = tiny_llama_config(hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    model = adapted(random_causal_lm(config), r=8, lora_alpha=8)
+    examples = ragged([40] * 12)
+    engine = PerSampleGradients(model, tokens_per_batch=480, compute_dtype=compute_dtype)
+
+    def ordinary() -> None:
+        packed = pack(examples)
+        nll_L = losses.label_nll(model, packed, compute_dtype)
+        losses.example_nll(nll_L, packed.label_examples, len(examples)).sum().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    result_bytes = len(examples) * engine.dimension * 4
+    for run in (ordinary, lambda: engine.gradients(examples)):
+        run()
+    assert _peak_bytes(lambda: engine.gradients(examples)) - _peak_bytes(ordinary) <= 1.1 * result_bytes

@@ -132,7 +132,7 @@ def peft_answer(run, model_id, messages):
     """Prompt tokens and greedy text of plain transformers and PEFT, from training's own rendering."""
     registry = read_registry(run)
     tokenizer = load_tokenizer(registry.base_model)
-    model = load_base(registry.base_model, attention="sdpa")
+    model = load_base(registry.base_model)
     adapter = registry.resolve(model_id)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, run.fetch(adapter.folder)).eval()

@@ -33,7 +33,7 @@ def adapters(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture
 def model(tiny_model_dir):
-    return load_base(str(tiny_model_dir), attention="sdpa")
+    return load_base(str(tiny_model_dir))
 
 
 def token_ids(rows, tokens=7):
@@ -42,7 +42,7 @@ def token_ids(rows, tokens=7):
 
 @torch.no_grad()
 def peft_logits(model_dir, adapter, input_ids):
-    model = load_base(str(model_dir), attention="sdpa")
+    model = load_base(str(model_dir))
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter.folder).eval()
     return model(input_ids).logits
@@ -64,13 +64,11 @@ def test_every_adapter_gives_peft_s_logits(tiny_model_dir, model, adapters):
 
 @torch.no_grad()
 def test_bfloat16_weights_are_as_near_to_float32_as_peft_s(tiny_model_dir, adapters):
-    model = load_base(str(tiny_model_dir), "bfloat16", attention="sdpa")
+    model = load_base(str(tiny_model_dir), "bfloat16")
     slots = Slots.like(model, adapters[0].folder, capacity=1)
     input_ids = token_ids(2)
     exact = peft_logits(tiny_model_dir, adapters[0], input_ids)
-    peft = PeftModel.from_pretrained(
-        load_base(str(tiny_model_dir), "bfloat16", attention="sdpa"), adapters[0].folder
-    ).eval()
+    peft = PeftModel.from_pretrained(load_base(str(tiny_model_dir), "bfloat16"), adapters[0].folder).eval()
     with slots.lease(adapters[0]) as index, slots.rows([index, index]):
         distance = (model(input_ids).logits.float() - exact).norm()
     assert distance <= 1.5 * (peft(input_ids).logits.float() - exact).norm()

@@ -10,11 +10,19 @@ import pytest
 import ray
 import torch
 from peft import PeftModel
-from reference_training import flat_weights, mean_loss, plain_training, random_examples
+from reference_training import (
+    adamw,
+    assert_moments_are,
+    flat_weights,
+    mean_loss,
+    plain_training,
+    random_examples,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gradientspace_ray.models.loading import add_lora, load_adapter
+from gradientspace_ray.models.moments import MOMENTS_FILE, load_moments
 from gradientspace_ray.recipe import parse_recipe
 from gradientspace_ray.registry import adapter_digest, committed_digest
 from gradientspace_ray.run import RunDirectory
@@ -182,7 +190,8 @@ def test_an_expert_whose_digest_is_not_that_of_its_files_is_not_committed(empty_
 def test_generalist_is_that_of_a_plain_loop(generalist, run, tiny_model_dir):
     model = add_lora(base(tiny_model_dir), 4, 8, "all-linear", SEED)
     steps = plan_steps(len(EXAMPLES), 8, 5, [SEED, train.ORDER_PURPOSE["warmup"]])
-    losses = plain_training(model, EXAMPLES, steps, peak=3e-2, warmup_share=0.1)
+    optimizer = adamw(model)
+    losses = plain_training(model, EXAMPLES, steps, peak=3e-2, warmup_share=0.1, optimizer=optimizer)
     made = record(run.fetch("generalist"))
     np.testing.assert_allclose(made["losses"], losses, atol=1e-4)
     torch.testing.assert_close(
@@ -191,6 +200,7 @@ def test_generalist_is_that_of_a_plain_loop(generalist, run, tiny_model_dir):
         atol=1e-4,
         rtol=0,
     )
+    assert_moments_are(load_moments(run.fetch("generalist")), model, optimizer)
     assert made["steps"] == len(steps) == generalist.counts["steps"]
     assert made["tokens"] == 5 * sum(len(ids) for ids, _ in EXAMPLES)
     assert (made["workers"], made["zero_stage"]) == (1, 1)
@@ -234,6 +244,7 @@ def test_folders_are_named_by_their_digest_and_hold_an_adapter_that_names_its_ba
     for folder in run.names("experts"):
         path = run.fetch(f"experts/{folder}")
         assert folder.partition("@")[2] == adapter_digest(path)
+        assert not (path / MOMENTS_FILE).exists()
         assert json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model_dir)
         assert all(weight.dtype == torch.float32 for weight in load_file(path / "adapter_model.safetensors").values())
 

@@ -23,7 +23,7 @@ def make_adapter(model_dir: Path, folder: Path, seed: int, **changes: object) ->
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = get_peft_model(load_base(str(model_dir), attention="sdpa"), LoraConfig(**settings))
+        model = get_peft_model(load_base(str(model_dir)), LoraConfig(**settings))
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from gradientspace_ray.examples.rendering import IGNORED
 
@@ -27,6 +28,11 @@ class Packed:
     """[1, T] int64, aligned with `input_ids` (not shifted); -100 where no loss is taken."""
     cu_seqlens: torch.Tensor
     """[n + 1] int32 borders of the examples, from 0 to T."""
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return torch.diff(self.cu_seqlens).tolist()
 
     @cached_property
     def label_positions(self) -> torch.Tensor:
@@ -83,14 +89,20 @@ def pack(examples: Sequence[Example]) -> Packed:
     )
 
 
-def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Divide examples into packed rows of similar lengths.
+def pad(packed: Packed) -> torch.Tensor:
+    """[n, longest] int64: the row's examples below one another, padded on the right with token 0."""
+    return pad_sequence(list(packed.input_ids[0].split(packed.lengths)), batch_first=True)
+
+
+def plan_batches(lengths: Sequence[int], tokens_per_batch: int, padded: bool = False) -> list[list[int]]:
+    """Divide examples into packed rows, or padded batches, of similar lengths.
 
     Longest first, so that a row which does not fit into memory fails at once and not at the end.
 
     Args:
         lengths: tokens of each example.
         tokens_per_batch: most tokens of a row; an example longer than this has a row of its own.
+        padded: count each example as long as the longest beside it.
 
     Returns:
         Indices of each row's examples; each index occurs once, and equal lengths keep their order.
@@ -98,9 +110,10 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
     batches: list[list[int]] = []
     used = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not batches or used + lengths[index] > tokens_per_batch:
+        takes = lengths[batches[-1][0] if padded and batches else index]
+        if not batches or used + takes > tokens_per_batch:
             batches.append([])
-            used = 0
+            used, takes = 0, lengths[index]
         batches[-1].append(index)
-        used += lengths[index]
+        used += takes
     return batches

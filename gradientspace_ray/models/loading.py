@@ -1,6 +1,7 @@
 """Base models, tokenizers and LoRA adapters: loading and saving."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from gradientspace_ray.examples.packing import pack
-from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError, check_layer_types
+from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError
 from gradientspace_ray.models.bundled import (
     BUNDLED_WHEELS,
     CACHE_VARIABLE,
@@ -26,17 +26,21 @@ from gradientspace_ray.models.bundled import (
     cache_folder,
     is_installed,
 )
-from gradientspace_ray.models.losses import label_nll
+from gradientspace_ray.models.reading import (
+    PLAIN_ATTENTION,
+    check_packing,
+    check_padding,
+    padded_attention,
+    set_attention,
+)
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 PEFT_PREFIX = "base_model.model."
 OTHER_MODEL = "choose a base model of another architecture"
-PROBE_IDS = (tuple(range(3, 12)), tuple(range(5, 12)), tuple(range(4, 9)))
 CPU_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 """Features of processors that multiply bfloat16 natively; the last is Arm's."""
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
-"""Relative difference of the losses that rounding may make. Mixed examples change SmolLM2-135M's by 0.08 or more."""
+log = logging.getLogger(__name__)
 
 
 class ModelError(ValueError):
@@ -84,69 +88,47 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(resolve_model(name))
 
 
-def load_base(
-    name: str,
-    dtype: str | torch.dtype = "float32",
-    device: str | torch.device = "cpu",
-    attention: str = SEGMENTED,
-) -> PreTrainedModel:
+def load_base(name: str, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu") -> PreTrainedModel:
     """The frozen base model, in eval mode.
+
+    Its attention is "segmented", which reads packed rows and all else too. A model that would mix the examples of a
+    packed row gets its own plain attention, with which `label_nll` reads padded batches; the reason is logged.
 
     Args:
         name: see `resolve_model`. Adapters saved later name it as their base model.
         dtype: type of the weights.
         device: where they live.
-        attention: an attention implementation of transformers; "segmented" reads packed rows and all else too.
 
     Raises:
-        ModelError: the model cannot be found, there is no such device, or the model does not keep the examples of a
-            packed row apart.
+        ModelError: the model cannot be found, there is no such device, or what follows a token changes its loss.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"{name}: this process sees no CUDA GPU; set compute.gpus_per_worker=1, or compute.device=cpu")
     try:
-        with without_progress_bars(), _explained(name):
-            model = AutoModelForCausalLM.from_pretrained(
-                resolve_model(name), dtype=as_dtype(dtype), attn_implementation=attention
-            )
+        model = _from_pretrained(name, dtype, SEGMENTED)
     except KeyError as error:
         # Older architectures look their attention up in a table of their own.
-        if error.args != (attention,):
+        if error.args != (SEGMENTED,):
             raise
-        raise ModelError(f"{name}: its architecture does not take {attention} attention; {OTHER_MODEL}") from error
+        model = _from_pretrained(name, dtype, PLAIN_ATTENTION)
     model.to(torch.device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
     model.name_or_path = name
-    if attention == SEGMENTED:
+    try:
+        check_packing(model)
+    except UnsupportedModelError as reason:
         try:
-            check_packing(model)
+            set_attention(model, padded_attention(model))
+            check_padding(model)
         except UnsupportedModelError as error:
             raise ModelError(f"{name}: {error}; {OTHER_MODEL}") from error
+        log.warning("%s: read in padded batches: %s", name, reason)
     return model
 
 
-def check_packing(model: PreTrainedModel) -> None:
-    """Compare a packed row of three short segments with each of them alone.
-
-    Architectures differ in what they do with positions and masks; a leak between examples is silent, so it is measured.
-
-    Raises:
-        UnsupportedModelError: the losses differ, or the model cannot be called so.
-    """
-    check_layer_types(model.config)
-    examples = [(ids, ids) for ids in PROBE_IDS]
-    try:
-        with torch.no_grad():
-            packed_L = label_nll(model, pack(examples))
-            alone_L = torch.cat([label_nll(model, pack([example])) for example in examples])
-    except UnsupportedModelError:
-        raise
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = f"{model.config.model_type} models cannot read packed rows ({_first_line(error)})"
-        raise UnsupportedModelError(reason) from error
-    difference = float((packed_L - alone_L).norm() / alone_L.norm())
-    if not difference <= PROBE_TOLERANCE.get(model.dtype, max(PROBE_TOLERANCE.values())):
-        raise UnsupportedModelError(
-            f"{model.config.model_type} models mix the examples of a packed row (losses differ by {difference:.1%})"
+def _from_pretrained(name: str, dtype: str | torch.dtype, attention: str) -> PreTrainedModel:
+    with without_progress_bars(), _explained(name):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), dtype=as_dtype(dtype), attn_implementation=attention
         )
 
 

@@ -73,7 +73,7 @@ class Experts:
                 raise _changed(adapter.id, adapter.folder) from error
 
         tokenizer = load_tokenizer(registry.base_model)
-        model = load_base(registry.base_model, registry.dtype, device, attention="sdpa")
+        model = load_base(registry.base_model, registry.dtype, device)
         generalist = files(registry.generalist)
         slots = Slots.like(model, generalist.folder, max_slots, verify)
         verify(generalist)

@@ -26,6 +26,7 @@ import torch
 from gradientspace_ray.gradients.per_sample import Example, PerSampleGradients
 from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.models.loading import as_dtype, load_adapter, load_base
+from gradientspace_ray.models.moments import load_moments, moments_digest
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory, Summary, digest_of
@@ -123,20 +124,28 @@ class Extractor:
     @cached_property
     def _engine(self) -> PerSampleGradients:
         recipe = self._recipe
+        settings, generalist = recipe.gradients, self._run.fetch("generalist")
         base = load_base(recipe.model.name, recipe.model.dtype, recipe.compute.device)
         return PerSampleGradients(
-            load_adapter(base, self._run.fetch("generalist"), trainable=True),
-            labels=recipe.gradients.labels,
-            loss=recipe.gradients.loss,
-            tokens_per_batch=recipe.gradients.tokens_per_batch,
+            load_adapter(base, generalist, trainable=True),
+            labels=settings.labels,
+            loss=settings.loss,
+            # The sketch scales examples to unit length at no cost.
+            normalisation="module" if settings.normalisation == "module" else "none",
+            preconditioner=settings.preconditioner,
+            moments=load_moments(generalist) if settings.preconditioner != "none" else None,
+            dtype=as_dtype(settings.dtype),
             compute_dtype=as_dtype(recipe.model.compute_dtype),
+            checkpointing=settings.checkpointing,
+            tokens_per_batch=settings.tokens_per_batch,
         )
 
     @cached_property
     def _buffer_BD(self) -> torch.Tensor:
         """Scratch for gradients, written before it is read: one for all shards."""
         rows = OnlineSVD(self._recipe.sketch.rank).buffer_rows
-        return torch.empty(rows, self._engine.dimension, device=self._recipe.compute.device)
+        dtype = as_dtype(self._recipe.gradients.dtype)
+        return torch.empty(rows, self._engine.dimension, dtype=dtype, device=self._recipe.compute.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Commit the sketch of the one shard in the batch: a pure function of it, safe to repeat.
@@ -214,12 +223,14 @@ def _sketch(recipe: Recipe, run: RunDirectory, shards: Sequence[Shard]) -> None:
 
 def _decisive(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     """What decides a shard's sketch beside its examples; settings of speed alone are left out."""
-    speed = {"tokens_per_batch", "workers", "examples_per_shard"}
+    settings, generalist = recipe.gradients, run.fetch("generalist")
+    speed = {"tokens_per_batch", "workers", "examples_per_shard", "checkpointing"}
     return {
-        "generalist": adapter_digest(run.fetch("generalist")),
+        "generalist": adapter_digest(generalist),
+        "moments": moments_digest(generalist) if settings.preconditioner != "none" else None,
         "model": [recipe.model.model_dump(mode="json"), model_fingerprint(recipe.model.name)],
         "lora": recipe.lora.model_dump(mode="json"),
-        "gradients": recipe.gradients.model_dump(mode="json", exclude=speed),
+        "gradients": settings.model_dump(mode="json", exclude=speed),
         "sketch": recipe.sketch.model_dump(mode="json"),
     }
 

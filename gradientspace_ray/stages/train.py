@@ -28,6 +28,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from gradientspace_ray.errors import one_line
 from gradientspace_ray.models import loading
 from gradientspace_ray.models.fingerprint import model_fingerprint
+from gradientspace_ray.models.moments import AdamMoments
 from gradientspace_ray.recipe import Recipe, TrainingSection, parse_recipe
 from gradientspace_ray.registry import adapter_digest, committed_digest
 from gradientspace_ray.run import RunDirectory, RunError, Summary, digest_of
@@ -82,7 +83,7 @@ def warmup(recipe: Recipe, run: RunDirectory) -> Summary:
     made = _train_missing(recipe, run, [finetune], 1)[GENERALIST]
     record = made.record
     return Summary(
-        made=f"generalist from {record.examples} examples, loss {_ends(record)}",
+        made=f"generalist from {record.examples} examples, loss {record.losses[0]:.2f} to {record.losses[-1]:.2f}",
         counts={"examples": record.examples, "steps": record.steps, "tokens": record.tokens},
         output=made.digest,
     )
@@ -117,10 +118,6 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
         output=digest_of({adapter.folder: adapter.digest for adapter in made.values()}),
         outputs=tuple(sorted(folders)),
     )
-
-
-def _ends(record: checkpoints.TrainingRecord) -> str:
-    return f"{record.losses[0]:.2f} to {record.losses[-1]:.2f}"
 
 
 def _plan(
@@ -314,7 +311,8 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, finetune: Finetune, boa
     device = ray.train.torch.get_device() if recipe.compute.device == "cuda" else torch.device("cpu")
     table = _examples(run, finetune.cluster, ["input_ids", "labels"])
     examples = list(zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True))
-    model = _load(recipe, run, finetune.start, device)
+    start = run.fetch(finetune.start) if finetune.start else None
+    model = checkpoints.load(recipe.model, recipe.lora, recipe.seed, start, device)
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     # DeepSpeed picks its accelerator when it is imported, and only a worker's environment names the right one.
     deepspeed = import_module("deepspeed")
@@ -348,18 +346,15 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, finetune: Finetune, boa
         zero_stage=engine.zero_optimization_stage(),
         losses=outcome.losses,
     )
+    moments = None
+    if finetune.start is None:
+        # Under ZeRO a worker holds a part of the optimizer's state; all take part in gathering it.
+        full_state = deepspeed.utils.safe_get_full_optimizer_state
+        moments = checkpoints.gather_moments(model, engine.basic_optimizer, full_state)
     # Under ZeRO 3 a worker holds a part of every weight; all take part in gathering them.
     with deepspeed.zero.GatheredParameters(trainable, enabled=engine.zero_optimization_stage() == 3):
         if first:
-            _commit(run, finetune, model, record)
-
-
-def _load(recipe: Recipe, run: RunDirectory, start: str | None, device: torch.device) -> PeftModel:
-    """The base model with the adapter to train, fresh or continued."""
-    base = loading.load_base(recipe.model.name, recipe.model.dtype, device)
-    if start:
-        return loading.load_adapter(base, run.fetch(start), trainable=True)
-    return loading.add_lora(base, recipe.lora.rank, recipe.lora.alpha, recipe.lora.target_modules, recipe.seed)
+            _commit(run, finetune, model, record, moments)
 
 
 def build_engine(
@@ -385,10 +380,16 @@ def build_engine(
     return deepspeed.initialize(model=token_losses, model_parameters=trainable, optimizer=optimizer, config=config)[0]
 
 
-def _commit(run: RunDirectory, finetune: Finetune, model: PeftModel, record: checkpoints.TrainingRecord) -> None:
+def _commit(
+    run: RunDirectory,
+    finetune: Finetune,
+    model: PeftModel,
+    record: checkpoints.TrainingRecord,
+    moments: AdamMoments | None,
+) -> None:
     """Write the adapter, then give it its name; an expert's holds the digest of its files."""
     with tempfile.TemporaryDirectory(prefix="gradientspace-") as scratch:
-        checkpoints.save(model, record, Path(scratch))
+        checkpoints.save(model, record, Path(scratch), moments)
         folder = finetune.name
         if finetune.cluster is not None:
             folder = f"{EXPERTS}/{finetune.name}@{adapter_digest(Path(scratch))}"
