@@ -1,5 +1,6 @@
 """The gradient stage on a real Ray: shards, resume, damage, the merge tree, and the numbers against autograd."""
 
+import dataclasses
 import json
 import shutil
 from unittest.mock import MagicMock
@@ -12,7 +13,9 @@ import torch
 from synthetic_run import synthetic_recipe, write_adapter, write_examples
 
 from gradientspace_ray.errors import one_line
+from gradientspace_ray.gradients.per_sample import PerSampleGradients
 from gradientspace_ray.models.loading import load_adapter, load_base
+from gradientspace_ray.models.moments import AdamMoments, MomentsError, save_moments
 from gradientspace_ray.run import RunDirectory, RunError, digest_of
 from gradientspace_ray.sketch.columns import load_sketch
 from gradientspace_ray.sketch.tree import merge_tree
@@ -69,6 +72,30 @@ def test_shards_follow_from_the_ids_and_the_settings():
     assert shards[-1].name != more[-1].name
     assert len(plan_shards(["a"], 100, None)) == 1
     assert shards[0].name == f"00000.{digest_of([ids[:5], {'rank': 4}])}"
+
+
+def test_the_recipe_decides_how_gradients_are_made(tiny_model_dir, tmp_path):
+    run = new_run(tmp_path / "run", tiny_model_dir)
+    options = {"preconditioner": "less", "normalisation": "module", "dtype": "bfloat16", "loss": "sum"}
+    recipe = recipe_for(tiny_model_dir, **options, checkpointing=True, tokens_per_batch="auto")
+    with pytest.raises(MomentsError, match=r"optimizer_moments.safetensors is missing.*--again warmup"):
+        extract_stage._decisive(recipe, run)
+    model = load_adapter(load_base(str(tiny_model_dir)), run.fetch("generalist"))
+    columns = PerSampleGradients(model).columns
+    first, second = ({name: torch.full(shape, value) for name, _, shape in columns} for value in (1e-4, 1e-6))
+    moments = AdamMoments(first, second, 5, (0.9, 0.999), 1e-8)
+    save_moments(moments, tmp_path / "run/generalist")
+    decisive = extract_stage._decisive(recipe, run)
+    engine = extract_stage.Extractor(recipe, run.uri, MagicMock(), COUNT)._engine
+    examples = [([5, 6, 7, 8, 9, 10], [-100, -100, 7, 8, 9, 10]), ([9, 3, 4], [-100, 3, 4])]
+    expected = PerSampleGradients(
+        model, loss="sum", preconditioner="less", moments=moments, normalisation="module"
+    ).gradients(examples)
+    gradients = engine.gradients(examples)
+    assert gradients.dtype == torch.bfloat16
+    torch.testing.assert_close(gradients.float(), expected, rtol=0.01, atol=1e-4)
+    save_moments(dataclasses.replace(moments, step=6), tmp_path / "run/generalist")
+    assert extract_stage._decisive(recipe, run) != decisive
 
 
 def test_a_gradient_that_is_not_finite_names_its_example(tiny_model_dir, tmp_path):

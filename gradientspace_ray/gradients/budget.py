@@ -11,25 +11,35 @@ MOST_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Longer rows are no faster: a processor's cache is full, or a GPU busy, well before."""
 USABLE_SHARE = {"cpu": 0.5, "cuda": 0.85}
 """Share of the free memory that is taken: a machine's memory has other users, a GPU's seldom."""
-TRANSIENT_SHARE = 0.25
-"""What a backward pass holds at once beside the tensors that the forward pass saved for it, as a share of those."""
+TRANSIENT_SHARE, RECOMPUTED_SHARE = 0.25, 4.0
+"""What a backward pass holds at once beside the tensors that the forward pass saved for it, as a share of those; the
+second with activation checkpointing, which saves little and makes a layer's activations again."""
 
 
-class SavedBytes:
-    """Counts what the forward pass saves for the backward pass."""
+class MemoryMeter:
+    """Most bytes that a forward and backward pass takes: on a GPU as its allocator says, else by what is saved."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, checkpointed: bool) -> None:
+        self._model, self._device = model, device
+        self._share = RECOMPUTED_SHARE if checkpointed else TRANSIENT_SHARE
         self._sizes: dict[int, int] = {}
+        self._before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
 
-    @property
-    def total(self) -> int:
-        """Bytes; a storage that several tensors share counts once."""
-        return sum(self._sizes.values())
+    def peak_bytes(self) -> int:
+        """After the backward pass."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return int((1 + self._share) * sum(self._sizes.values()))
 
     @contextmanager
-    def counting(self, model: nn.Module) -> Iterator[None]:
-        """Count while the block runs; the model's own weights are there anyway and do not count."""
-        weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    def forward_pass(self) -> Iterator[None]:
+        """Count what the block saves for the backward pass, each storage once; the model's weights are there anyway."""
+        weights = {
+            tensor.untyped_storage().data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())
+        }
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -45,21 +55,16 @@ def largest_budget(bytes_per_token: float, device: torch.device) -> int:
     """The largest number of tokens that fits into the free memory of a device, and is of use.
 
     Args:
-        bytes_per_token: that the forward pass saves.
+        bytes_per_token: that a forward and backward pass takes.
         device: of the model.
     """
-    usable = USABLE_SHARE[device.type] * free_bytes(device)
-    return max(1, min(MOST_TOKENS[device.type], int(usable / ((1 + TRANSIENT_SHARE) * bytes_per_token))))
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    return max(1, min(MOST_TOKENS[kind], int(USABLE_SHARE[kind] * free_bytes(device) / bytes_per_token)))
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that tensors on a device can still take, including what PyTorch holds in reserve."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of PyTorch says that memory ran out, on a GPU or on the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

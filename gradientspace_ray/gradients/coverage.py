@@ -228,11 +228,13 @@ def _check_parameters(model: PeftModel, adapter: str, sites: list[LoraSite]) -> 
             place = places.setdefault(id(module._parameters[key]), f"{name}.{key}")
             if place != f"{name}.{key}":
                 raise CoverageError(f"{name}.{key}: is the same weight as {place}; give each layer its own")
-    devices = {str(parameter.device) for site in sites for parameter in (site.lora_a, site.lora_b)}
+    devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1 or "meta" in devices:
-        raise CoverageError(
-            f"adapter {adapter!r} has weights on {', '.join(sorted(devices))}; load the whole model onto one device"
-        )
+        raise CoverageError(f"the model is on {', '.join(sorted(devices))}; load the whole of it onto one device")
+    head = getattr(model.get_base_model(), "get_output_embeddings", lambda: None)()
+    for site in sites:
+        if site.module is head:
+            raise CoverageError(f"{site.name}: the head sees label tokens only; leave it out of target_modules")
 
 
 def _check_noise(model: PeftModel) -> None:

@@ -20,6 +20,19 @@ class Column(NamedTuple):
     shape: tuple[int, int]
 
 
+class Batch(NamedTuple):
+    """One packed row, or padded batch, of examples."""
+
+    rows: list[int]
+    """Of the result, one for each example."""
+    lengths: list[int]
+    """Tokens of each example."""
+    device_rows: torch.Tensor
+    """`rows`, int64 on the model's device: moved once for all layers, because moving waits for the device."""
+    device_ends: torch.Tensor
+    """Where each example ends in the packed row, int32 on the model's device."""
+
+
 class Target(NamedTuple):
     """The part of the result that belongs to one layer: two views of it."""
 

@@ -8,18 +8,18 @@ Shapes: N examples, D LoRA parameters.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
 from torch import nn
 
 from gradientspace_ray.examples.packing import IGNORED, Example, pack, plan_batches
-from gradientspace_ray.gradients.budget import SavedBytes, is_out_of_memory, largest_budget
+from gradientspace_ray.gradients.budget import MemoryMeter, largest_budget
 from gradientspace_ray.gradients.coverage import LoraSite, check_coverage
-from gradientspace_ray.gradients.layout import Column, columns_of, targets_of
+from gradientspace_ray.gradients.layout import Batch, Column, columns_of, targets_of
 from gradientspace_ray.gradients.packed import PackedLayer
 from gradientspace_ray.gradients.padded import PaddedLayer
 from gradientspace_ray.gradients.preconditioner import Kind, Preconditioner
@@ -27,11 +27,19 @@ from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError
 from gradientspace_ray.models.checkpointing import activation_checkpointing
 from gradientspace_ray.models.losses import Reduction, example_nll, label_nll
 from gradientspace_ray.models.moments import AdamMoments
-from gradientspace_ray.models.reading import check_packing, check_padding, padded_attention, with_attention
+from gradientspace_ray.models.reading import (
+    check_packing,
+    check_padding,
+    is_out_of_memory,
+    padded_attention,
+    with_attention,
+)
 
 LabelPolicy = Literal["response", "instruction", "all"]
 Normalisation = Literal["example", "module", "none"]
 Path = Literal["auto", "packed", "padded"]
+CHOICES = {"labels": LabelPolicy, "loss": Reduction, "normalisation": Normalisation, "path": Path}
+DTYPES = {"dtype": (torch.float32, torch.bfloat16, torch.float64), "compute_dtype": (torch.float32, torch.bfloat16)}
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +81,7 @@ class PerSampleGradients:
                 to one length, so that all count alike, and the whole to unit length. What is zero stays zero.
             preconditioner: `adam` or `less`, see `Preconditioner`; applied before the normalisation.
             moments: of the optimizer that trained the adapter, see `load_moments`; a preconditioner needs them.
-            dtype: of the result, float32 or bfloat16. Sums over tokens are accumulated in float32 either way.
+            dtype: of the result: float32, bfloat16, or float64 for a model in float64.
             compute_dtype: see `label_nll`.
             checkpointing: keep only each layer's input for the backward pass, and run its forward pass once more.
             tokens_per_batch: tokens of one packed row, or of one padded batch; a longer example has one of its own.
@@ -84,8 +92,10 @@ class PerSampleGradients:
             CoverageError: see `check_coverage`.
             MomentsError: see `Preconditioner`.
             UnsupportedModelError: the model can be read on neither path, or not on the one that was asked for.
-            ValueError: there is a preconditioner without moments.
+            ValueError: an option has no such value, or there is a preconditioner without moments.
         """
+        choices = {"labels": labels, "loss": loss, "normalisation": normalisation, "path": path}
+        _check_options(choices, {"dtype": dtype, "compute_dtype": compute_dtype}, tokens_per_batch)
         self._model, self._adapter = model, adapter
         self._labels, self._loss = labels, loss
         self._normalisation = normalisation
@@ -96,10 +106,12 @@ class PerSampleGradients:
         self.dimension = sum(rows * width for _, _, (rows, width) in self.columns)
         self._preconditioner = None
         if preconditioner != "none":
+            if preconditioner not in get_args(Kind):
+                raise ValueError(f"preconditioner={preconditioner!r}: give none, {', '.join(get_args(Kind))}")
             if moments is None:
                 raise ValueError(f"preconditioner {preconditioner!r} needs the optimizer's moments; give moments=")
             self._preconditioner = Preconditioner(preconditioner, moments, self.columns, _device(model))
-        self.path = _choose_path(model.get_base_model(), path)
+        self.path = _choose_path(model.get_base_model(), path, compute_dtype)
 
     def gradients(self, examples: Sequence[Example], out: torch.Tensor | None = None) -> torch.Tensor:
         """One gradient a row, in the order of the examples.
@@ -114,11 +126,15 @@ class PerSampleGradients:
         Raises:
             CoverageError: the model has changed since (mode, active adapter), or routes tokens so that a layer does
                 not see the whole row.
-            ValueError: an example has no label that counts, or `out` does not fit.
+            ValueError: an example has no label that counts, or a token that the model does not know, or `out` does not
+                fit.
             torch.OutOfMemoryError: one example alone does not fit into memory.
+
+        After an error in the middle, some rows of `out` are written.
         """
         sites = check_coverage(self._model, self._adapter)
         labelled = [_labelled(example, self._labels, index) for index, example in enumerate(examples)]
+        _check_vocabulary(self._model, labelled)
         gradients_ND = self._check_out(out, len(examples))
         kind = PackedLayer if self.path == "packed" else PaddedLayer
         targets = targets_of(self.columns, gradients_ND)
@@ -126,7 +142,13 @@ class PerSampleGradients:
         base = self._model.get_base_model()
         attention = SEGMENTED if self.path == "packed" else padded_attention(base)
         checkpointed = activation_checkpointing(base) if self._checkpointing else nullcontext()
-        with with_attention(base, attention), checkpointed, _standing_in(sites, layers), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            with_attention(base, attention),
+            checkpointed,
+            _standing_in(sites, layers),
+        ):
             waiting = list(range(len(examples)))
             while waiting:
                 waiting = self._run(labelled, waiting, layers)
@@ -144,7 +166,7 @@ class PerSampleGradients:
             rows = [waiting[position] for position in positions]
             failure = self._backward(examples, rows, layers)
             if failure:
-                self._shrink(failure, rows, max(lengths[position] for position in positions), len(rows))
+                self._shrink(failure, rows, [lengths[position] for position in positions])
                 break
             done.update(rows)
             if budget != self.tokens_per_batch:
@@ -154,11 +176,14 @@ class PerSampleGradients:
     def _backward(self, examples: list[Example], rows: list[int], layers: Sequence[Any]) -> str:
         """Write the gradients of one batch. Returns the message of the error if memory ran out."""
         packed = pack([examples[row] for row in rows])
-        saved = SavedBytes()
+        device = _device(self._model)
+        measured = self.tokens_per_batch is None
+        meter = MemoryMeter(self._model, device, self._checkpointing)
+        batch = Batch(rows, packed.lengths, torch.tensor(rows).to(device), packed.cu_seqlens[1:].to(device))
         try:
             for layer in layers:
-                layer.begin(rows, packed)
-            with saved.counting(self._model) if self.tokens_per_batch is None else nullcontext():
+                layer.begin(batch)
+            with meter.forward_pass() if measured else nullcontext():
                 nll_L = label_nll(self._model, packed, self._compute_dtype)
             example_nll(nll_L, packed.label_examples, len(rows), self._loss).sum().backward()
             for layer in layers:
@@ -168,22 +193,22 @@ class PerSampleGradients:
                 raise
             # The text alone: the error holds the frames, and they the tensors that have to go.
             return str(error).splitlines()[0]
-        if self.tokens_per_batch is None:
+        if measured:
             # This first batch holds one example, so its tokens are the same on both paths.
-            self.tokens_per_batch = largest_budget(saved.total / sum(packed.lengths), _device(self._model))
+            self.tokens_per_batch = largest_budget(meter.peak_bytes() / sum(packed.lengths), device)
         return ""
 
-    def _shrink(self, failure: str, rows: list[int], longest: int, count: int) -> None:
-        """Halve the token budget after memory ran out; an example that was alone cannot be helped."""
+    def _shrink(self, failure: str, rows: list[int], lengths: list[int]) -> None:
+        """Go on with half of what did not fit, from now on; an example that was alone cannot be helped."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if count == 1:
+        if len(rows) == 1:
             mend = "lower data.max_tokens" if self._checkpointing else "set gradients.checkpointing to true"
             raise torch.OutOfMemoryError(
-                f"example {rows[0]}: its {longest} tokens do not fit into memory alone ({failure}); {mend}"
+                f"example {rows[0]}: its {lengths[0]} tokens do not fit into memory alone ({failure}); {mend}"
             )
-        assert self.tokens_per_batch is not None
-        self.tokens_per_batch = max(longest, self.tokens_per_batch // 2)
+        tokens = sum(lengths) if self.path == "packed" else len(lengths) * max(lengths)
+        self.tokens_per_batch = max(*lengths, tokens // 2)
         log.warning("out of memory; going on with %d tokens at once", self.tokens_per_batch)
 
     def _check_out(self, out: torch.Tensor | None, count: int) -> torch.Tensor:
@@ -216,8 +241,35 @@ def normalise(gradients_ND: torch.Tensor, columns: Sequence[Column], kind: Norma
 
 
 def _to_unit_length(rows_ND: torch.Tensor) -> None:
-    norms_N = torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True, dtype=torch.float32)
-    rows_ND.mul_(torch.where(norms_N == 0, 1.0, norms_N.reciprocal()))
+    # Row by row: a narrow type is promoted to take the norm, and one row's copy is small beside the result.
+    for row_D in rows_ND:
+        norm = torch.linalg.vector_norm(row_D, dtype=torch.promote_types(row_D.dtype, torch.float32))
+        row_D.mul_(torch.where(norm == 0, 1.0, norm.reciprocal()))
+
+
+def _check_options(
+    choices: Mapping[str, str], dtypes: dict[str, torch.dtype], tokens_per_batch: int | Literal["auto"]
+) -> None:
+    for name, value in choices.items():
+        if value not in get_args(CHOICES[name]):
+            raise ValueError(f"{name}={value!r}: give one of {', '.join(get_args(CHOICES[name]))}")
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES[name]:
+            raise ValueError(f"{name}={dtype}: give one of {', '.join(map(str, DTYPES[name]))}")
+    if tokens_per_batch != "auto" and tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch={tokens_per_batch}: give a positive number, or auto")
+
+
+def _check_vocabulary(model: PeftModel, examples: Sequence[Example]) -> None:
+    """Refuse what a GPU would answer with an error that ends the process."""
+    base: Any = model.get_base_model()
+    words = base.get_input_embeddings().weight.shape[0]
+    for index, (input_ids, _) in enumerate(examples):
+        if not 0 <= min(input_ids) <= max(input_ids) < words:
+            raise ValueError(
+                f"example {index}: has token {max(input_ids, key=abs)}, the model knows 0 to {words - 1}; "
+                "use the model's own tokenizer"
+            )
 
 
 def _labelled(example: Example, policy: LabelPolicy, index: int) -> Example:
@@ -238,12 +290,12 @@ def _labelled(example: Example, policy: LabelPolicy, index: int) -> Example:
     return input_ids[:end], labels[:end]
 
 
-def _choose_path(base: nn.Module, wanted: Path) -> Literal["packed", "padded"]:
+def _choose_path(base: nn.Module, wanted: Path, compute_dtype: torch.dtype) -> Literal["packed", "padded"]:
     """The path that was asked for, if the model can be read so; `auto` prefers packed rows."""
     if wanted != "padded":
         try:
             with with_attention(base, SEGMENTED):
-                check_packing(base)
+                check_packing(base, compute_dtype)
         except UnsupportedModelError as error:
             if wanted == "packed":
                 raise
@@ -251,7 +303,7 @@ def _choose_path(base: nn.Module, wanted: Path) -> Literal["packed", "padded"]:
         else:
             return "packed"
     with with_attention(base, padded_attention(base)):
-        check_padding(base)
+        check_padding(base, compute_dtype)
     return "padded"
 
 
@@ -260,10 +312,7 @@ def _standing_in(sites: Sequence[LoraSite], layers: Sequence[Any]) -> Iterator[N
     """While the block runs, `layers` compute in the place of the LoRA layers; afterwards those are as they were."""
     with ExitStack() as stack:
         for site, layer in zip(sites, layers, strict=True):
-            own = site.module.__dict__
-            if "forward" in own:
-                stack.callback(own.__setitem__, "forward", own["forward"])
-            else:
-                stack.callback(own.pop, "forward")
+            own = vars(site.module)
+            stack.callback(own.pop, "forward")
             own["forward"] = layer.forward
         yield

@@ -100,6 +100,8 @@ def _check(moments: AdamMoments, columns: Sequence[tuple[str, int, tuple[int, in
                 raise _unusable(f"they are another adapter's, {name} is {tuple(part[name].shape)} and not {shape}")
             if not bool(torch.isfinite(part[name]).all()):
                 raise _unusable(f"{name} is not finite, which a lower warmup.learning_rate avoids")
+        if part is moments.second and any(bool((part[name] < 0).any()) for name, _, _ in columns):
+            raise _unusable("a second moment is negative")
         more = sorted(set(part) - {name for name, _, _ in columns})
         if more:
             raise _unusable(f"they are another adapter's, with {more[0]}")

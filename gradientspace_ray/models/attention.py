@@ -116,7 +116,7 @@ def check_layer_types(config: PreTrainedConfig) -> None:
     Raises:
         UnsupportedModelError: names the kinds of layers.
     """
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    other = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES)
     if other:
         raise UnsupportedModelError(
             f"{config.model_type}: layers of kind {', '.join(other)} would mix the examples of a packed row"
@@ -189,7 +189,7 @@ def _varlen(
     assert VARLEN_ATTENTION is not None
     # A custom operator does not cast under autocast, and rotary embedding may have left the queries in float32.
     dtype = _flash_dtype(value)
-    rows = [x[0].transpose(0, 1).to(dtype) for x in (query, key, value)]
+    rows = [x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value)]
     left = -1 if window is None else window - 1
     output = VARLEN_ATTENTION(
         *rows,

@@ -1,6 +1,7 @@
 """The loss of a token and of an example: the one definition that training, gradients and scoring share.
 
-Shapes: T tokens of a packed row, L label tokens of it, n examples in it, V vocabulary. Losses are in nats, float32.
+Shapes: T tokens of a packed row, L label tokens of it, n examples in it, V vocabulary. Losses are in nats, and float32,
+or float64 for a model in float64.
 """
 
 from typing import Any, Literal
@@ -30,21 +31,26 @@ def label_nll(model: nn.Module, packed: Packed, compute_dtype: torch.dtype = tor
         compute_dtype: bfloat16: matrix products run under autocast; float32: they run in the type of the weights.
 
     Returns:
-        [L] float32, in the order of the row, differentiable.
+        [L] in the order of the row, differentiable.
 
     Raises:
         UnsupportedModelError: the model does not select positions before its head.
     """
+    logits_LV = label_logits(model, packed, compute_dtype)
+    return _TokenNll.apply(logits_LV, packed.label_ids.to(logits_LV.device))
+
+
+def label_logits(model: nn.Module, packed: Packed, compute_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[L, V]: the logits that predict the label tokens; see `label_nll`."""
     device = next(model.parameters()).device
     segmented = getattr(getattr(model, "config", None), "_attn_implementation", None) == SEGMENTED
     with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
-        logits_LV = (_packed_logits if segmented else _padded_logits)(model, packed, device)
-    return _TokenNll.apply(logits_LV, packed.label_ids.to(device))
+        return (_packed_logits if segmented else _padded_logits)(model, packed, device)
 
 
 def _packed_logits(model: nn.Module, packed: Packed, device: torch.device) -> torch.Tensor:
     arguments = packed_arguments(packed, device)
-    logits_LV = model(**arguments, logits_to_keep=packed.label_positions.to(device)).logits[0]
+    logits_LV = model(**arguments, logits_to_keep=packed.label_positions.to(device)).logits.squeeze(0)
     return _selected(model, logits_LV, len(packed.label_ids))
 
 
@@ -75,13 +81,14 @@ def example_nll(
         reduction: `mean` divides by the example's number of label tokens.
 
     Returns:
-        [n] float32; the mean of an example without label tokens is nan.
+        [n]; the mean of an example without label tokens is nan.
     """
     examples_L = label_examples_L.to(nll_L.device)
     sums_N = nll_L.new_zeros(count).index_add(0, examples_L, nll_L)
     if reduction == "sum":
         return sums_N
-    return sums_N / torch.bincount(examples_L, minlength=count)
+    # Counted where the row is made: on a GPU counting would wait for everything before it.
+    return sums_N / torch.bincount(label_examples_L, minlength=count).to(nll_L.device)
 
 
 class _TokenNll(torch.autograd.Function):
@@ -118,4 +125,4 @@ def _promoted(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _tokens_at_once(logits_LV: torch.Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS[logits_LV.device.type] // logits_LV.shape[1])
+    return max(1, CHUNK_ELEMENTS.get(logits_LV.device.type, CHUNK_ELEMENTS["cuda"]) // logits_LV.shape[1])

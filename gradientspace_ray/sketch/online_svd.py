@@ -162,9 +162,14 @@ class OnlineSVD:
             turned = rotate([part[:, columns] for part in parts if part.shape[0]], weights_SK)
             store_KD[: turned.shape[0], columns] = turned
 
+    def reserve(self, dimension: int, device: torch.device | str) -> None:
+        """Take the memory of the rows now, and not with the first of them."""
+        self._store_KD = torch.empty(self.rank, dimension, dtype=torch.float32, device=device)
+
     def _store_for(self, like_ND: torch.Tensor) -> torch.Tensor:
         if self._store_KD is None:
-            self._store_KD = torch.empty(self.rank, like_ND.shape[1], dtype=torch.float32, device=like_ND.device)
+            self.reserve(like_ND.shape[1], like_ND.device)
+        assert self._store_KD is not None
         return self._store_KD
 
     def _check_width(self, rows_ND: torch.Tensor) -> None:

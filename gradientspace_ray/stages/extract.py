@@ -174,6 +174,8 @@ class Extractor:
         recipe, engine, buffer_BD = self._recipe, self._engine, self._buffer_BD
         unit = recipe.gradients.normalisation == "example"
         sketch = OnlineSVD(recipe.sketch.rank)
+        # Before the gradients, whose token budget may be what memory is left.
+        sketch.reserve(engine.dimension, recipe.compute.device)
         examples = self._read(shard.ids)
         started, tokens = time.monotonic(), 0
         for start in range(0, len(examples), len(buffer_BD)):

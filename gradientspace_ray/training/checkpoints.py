@@ -75,6 +75,8 @@ def gather_moments(
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
+        if not name.endswith(f".{adapter}.weight"):
+            raise TrainingError(f"{name} is trained, but is no weight of adapter {adapter!r}; freeze it")
         for key, part in moments.items():
             state = full_state(weight, key)
             state = optimizer.state[weight][key] if state is None else state
