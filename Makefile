@@ -1,10 +1,15 @@
 # make demo: from nothing to a routed answer.  make test: lint, types, all tests.
+# make benchmark-gradients: the per-sample gradients timed beside those of other libraries, about ten minutes.
+# make peers: only installs these libraries, into an environment of their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 RUN_DIR ?= runs/quickstart
+BENCHMARK_JSON ?= runs/benchmarks/gradients.json
+BENCHMARK_OPTIONS ?=
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint peers benchmark-gradients clean
 
 setup: $(VENV)/installed
 
@@ -32,5 +37,19 @@ lint: setup
 test: setup lint
 	$(BIN)/python -m pytest
 
+peers: $(PEERS)/installed
+
+# The project's packages join only after pip has run, so that pip neither sees nor replaces one of them.
+$(PEERS)/installed: $(VENV)/installed jobs/benchmarks/peers.txt
+	rm -rf $(PEERS)
+	$(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q --no-deps -r jobs/benchmarks/peers.txt
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	touch $@
+
+benchmark-gradients: peers
+	$(PEERS)/bin/python jobs/benchmarks/gradients.py --json $(BENCHMARK_JSON) $(BENCHMARK_OPTIONS)
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(PEERS) runs
