@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -305,6 +306,16 @@ def test_writes_into_out_and_leaves_the_model_as_it_was() -> None:
     assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
     with torch.no_grad():
         assert torch.equal(model(torch.tensor([examples[0][0]])).logits, logits)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple])
+def test_examples_may_be_tensors_or_arrays_and_the_caller_in_inference_mode(kind: Callable) -> None:
+    model = adapted(**VARIANTS["plain"])
+    examples = ragged([12, 5])
+    expected = PerSampleGradients(model).gradients(examples)
+    with torch.inference_mode():
+        ours = PerSampleGradients(model).gradients([(kind(ids), kind(labels)) for ids, labels in examples])
+    torch.testing.assert_close(ours, expected)
 
 
 def test_restores_the_model_after_an_error() -> None:

@@ -113,11 +113,13 @@ class PerSampleGradients:
             self._preconditioner = Preconditioner(preconditioner, moments, self.columns, _device(model))
         self.path = _choose_path(model.get_base_model(), path, compute_dtype)
 
+    @torch.inference_mode(False)
     def gradients(self, examples: Sequence[Example], out: torch.Tensor | None = None) -> torch.Tensor:
         """One gradient a row, in the order of the examples.
 
         Args:
-            examples: (input_ids, labels) of any lengths. An example's row does not depend on the others.
+            examples: (input_ids, labels) of any lengths: lists, or arrays or tensors of one dimension. An example's
+                row does not depend on the others.
             out: [N, D] of the engine's dtype on the model's device, each row contiguous; made anew when None.
 
         Returns:
@@ -143,7 +145,6 @@ class PerSampleGradients:
         attention = SEGMENTED if self.path == "packed" else padded_attention(base)
         checkpointed = activation_checkpointing(base) if self._checkpointing else nullcontext()
         with (
-            torch.inference_mode(False),
             torch.enable_grad(),
             with_attention(base, attention),
             checkpointed,
@@ -177,13 +178,12 @@ class PerSampleGradients:
         """Write the gradients of one batch. Returns the message of the error if memory ran out."""
         packed = pack([examples[row] for row in rows])
         device = _device(self._model)
-        measured = self.tokens_per_batch is None
-        meter = MemoryMeter(self._model, device, self._checkpointing)
+        meter = MemoryMeter(self._model, device, self._checkpointing) if self.tokens_per_batch is None else None
         batch = Batch(rows, packed.lengths, torch.tensor(rows).to(device), packed.cu_seqlens[1:].to(device))
         try:
             for layer in layers:
                 layer.begin(batch)
-            with meter.forward_pass() if measured else nullcontext():
+            with meter.forward_pass() if meter else nullcontext():
                 nll_L = label_nll(self._model, packed, self._compute_dtype)
             example_nll(nll_L, packed.label_examples, len(rows), self._loss).sum().backward()
             for layer in layers:
@@ -193,7 +193,7 @@ class PerSampleGradients:
                 raise
             # The text alone: the error holds the frames, and they the tensors that have to go.
             return str(error).splitlines()[0]
-        if measured:
+        if meter:
             # This first batch holds one example, so its tokens are the same on both paths.
             self.tokens_per_batch = largest_budget(meter.peak_bytes() / sum(packed.lengths), device)
         return ""
@@ -274,7 +274,7 @@ def _check_vocabulary(model: PeftModel, examples: Sequence[Example]) -> None:
 
 def _labelled(example: Example, policy: LabelPolicy, index: int) -> Example:
     """The example with the labels that count, cut after the last of them: later tokens cannot change its gradient."""
-    input_ids, labels = list(example[0]), list(example[1])
+    input_ids, labels = (part.tolist() if hasattr(part, "tolist") else list(part) for part in example)
     if len(input_ids) != len(labels):
         raise ValueError(f"example {index}: {len(input_ids)} input_ids but {len(labels)} labels")
     response_end = max((place + 1 for place, label in enumerate(labels) if label != IGNORED), default=0)
