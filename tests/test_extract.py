@@ -13,7 +13,7 @@ import torch
 from synthetic_run import synthetic_recipe, write_adapter, write_examples
 
 from gradientspace_ray.errors import one_line
-from gradientspace_ray.gradients.per_sample import PerSampleGradients
+from gradientspace_ray.gradients.per_sample import ExampleTooLargeError, PerSampleGradients
 from gradientspace_ray.models.loading import load_adapter, load_base
 from gradientspace_ray.models.moments import AdamMoments, MomentsError, save_moments
 from gradientspace_ray.run import RunDirectory, RunError, digest_of
@@ -96,6 +96,21 @@ def test_the_recipe_decides_how_gradients_are_made(tiny_model_dir, tmp_path):
     torch.testing.assert_close(gradients.float(), expected, rtol=0.01, atol=1e-4)
     save_moments(dataclasses.replace(moments, step=6), tmp_path / "run/generalist")
     assert extract_stage._decisive(recipe, run) != decisive
+
+
+def test_an_example_that_does_not_fit_into_memory_is_named(tiny_model_dir, tmp_path, monkeypatch):
+    run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir)
+    extractor = extract_stage.Extractor(recipe, run.uri, MagicMock(), COUNT)
+    ids = sorted(run.read_table("examples/train.parquet")["id"].to_pylist())
+    engine = extractor._engine
+
+    def gradients(examples, out):
+        raise ExampleTooLargeError(2, "its 9 tokens do not fit")
+
+    monkeypatch.setattr(engine, "gradients", gradients)
+    shard = plan_shards(ids, 5, None)[1]
+    (failure,) = extractor({"name": np.array([shard.name]), "ids": np.array([shard.ids])})["failure"]
+    assert failure == f"shard {shard.name}: example {shard.ids[2]} (examples/train.parquet): its 9 tokens do not fit"
 
 
 def test_a_gradient_that_is_not_finite_names_its_example(tiny_model_dir, tmp_path):

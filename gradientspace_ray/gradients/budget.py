@@ -1,54 +1,68 @@
 """How many tokens one forward and backward pass may hold: measured, not guessed."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MOST_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Longer rows are no faster: a processor's cache is full, or a GPU busy, well before."""
 USABLE_SHARE = {"cpu": 0.5, "cuda": 0.85}
 """Share of the free memory that is taken: a machine's memory has other users, a GPU's seldom."""
-TRANSIENT_SHARE, RECOMPUTED_SHARE = 0.25, 4.0
-"""What a backward pass holds at once beside the tensors that the forward pass saved for it, as a share of those; the
-second with activation checkpointing, which saves little and makes a layer's activations again."""
 
 
 class MemoryMeter:
-    """Most bytes that a forward and backward pass takes: on a GPU as its allocator says, else by what is saved."""
+    """Most bytes of tensors that were alive at once in a block of code, beside those that were there before."""
 
-    def __init__(self, model: nn.Module, device: torch.device, checkpointed: bool) -> None:
-        self._model, self._device = model, device
-        self._share = RECOMPUTED_SHARE if checkpointed else TRANSIENT_SHARE
-        self._sizes: dict[int, int] = {}
-        self._before = 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
-
-    def peak_bytes(self) -> int:
-        """After the backward pass."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return int((1 + self._share) * sum(self._sizes.values()))
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak_bytes = 0
 
     @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """Count what the block saves for the backward pass, each storage once; the model's weights are there anyway."""
-        weights = {
-            tensor.untyped_storage().data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())
-        }
+    def measuring(self) -> Iterator[None]:
+        """Measure the block, backward passes included: a GPU's allocator knows, on a CPU every new tensor is seen."""
+        if self._device.type != "cuda":
+            with _LiveBytes() as live:
+                yield
+            self.peak_bytes = live.peak
+            return
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        yield
+        self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - before
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        # A view, or a result written into an operand, is no memory of its own.
+        operands = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(results):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                self._sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            key = storage._cdata
+            if key not in operands and key not in self._alive:
+                self._alive[key] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, key, None)
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return results
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def largest_budget(bytes_per_token: float, device: torch.device) -> int:

@@ -43,6 +43,14 @@ DTYPES = {"dtype": (torch.float32, torch.bfloat16, torch.float64), "compute_dtyp
 log = logging.getLogger(__name__)
 
 
+class ExampleTooLargeError(torch.OutOfMemoryError):
+    """An example that does not fit into memory even alone; `row` is its index among the examples of the call."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"example {row}: {reason}")
+        self.row, self.reason = row, reason
+
+
 class PerSampleGradients:
     """Gradients of each example's loss with respect to one adapter's weights.
 
@@ -130,7 +138,7 @@ class PerSampleGradients:
                 not see the whole row.
             ValueError: an example has no label that counts, or a token that the model does not know, or `out` does not
                 fit.
-            torch.OutOfMemoryError: one example alone does not fit into memory.
+            ExampleTooLargeError: one example alone does not fit into memory.
 
         After an error in the middle, some rows of `out` are written.
         """
@@ -178,14 +186,14 @@ class PerSampleGradients:
         """Write the gradients of one batch. Returns the message of the error if memory ran out."""
         packed = pack([examples[row] for row in rows])
         device = _device(self._model)
-        meter = MemoryMeter(self._model, device, self._checkpointing) if self.tokens_per_batch is None else None
+        meter = MemoryMeter(device) if self.tokens_per_batch is None else None
         batch = Batch(rows, packed.lengths, torch.tensor(rows).to(device), packed.cu_seqlens[1:].to(device))
         try:
             for layer in layers:
                 layer.begin(batch)
-            with meter.forward_pass() if meter else nullcontext():
+            with meter.measuring() if meter else nullcontext():
                 nll_L = label_nll(self._model, packed, self._compute_dtype)
-            example_nll(nll_L, packed.label_examples, len(rows), self._loss).sum().backward()
+                example_nll(nll_L, packed.label_examples, len(rows), self._loss).sum().backward()
             for layer in layers:
                 layer.end()
         except RuntimeError as error:
@@ -195,7 +203,7 @@ class PerSampleGradients:
             return str(error).splitlines()[0]
         if meter:
             # This first batch holds one example, so its tokens are the same on both paths.
-            self.tokens_per_batch = largest_budget(meter.peak_bytes() / sum(packed.lengths), device)
+            self.tokens_per_batch = largest_budget(meter.peak_bytes / sum(packed.lengths), device)
         return ""
 
     def _shrink(self, failure: str, rows: list[int], lengths: list[int]) -> None:
@@ -204,9 +212,8 @@ class PerSampleGradients:
             torch.cuda.empty_cache()
         if len(rows) == 1:
             mend = "lower data.max_tokens" if self._checkpointing else "set gradients.checkpointing to true"
-            raise torch.OutOfMemoryError(
-                f"example {rows[0]}: its {lengths[0]} tokens do not fit into memory alone ({failure}); {mend}"
-            )
+            reason = f"its {lengths[0]} tokens do not fit into memory alone ({failure}); {mend}"
+            raise ExampleTooLargeError(rows[0], reason)
         tokens = sum(lengths) if self.path == "packed" else len(lengths) * max(lengths)
         self.tokens_per_batch = max(*lengths, tokens // 2)
         log.warning("out of memory; going on with %d tokens at once", self.tokens_per_batch)

@@ -23,7 +23,7 @@ import ray
 import ray.data
 import torch
 
-from gradientspace_ray.gradients.per_sample import Example, PerSampleGradients
+from gradientspace_ray.gradients.per_sample import Example, ExampleTooLargeError, PerSampleGradients
 from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.models.loading import as_dtype, load_adapter, load_base
 from gradientspace_ray.models.moments import load_moments, moments_digest
@@ -180,9 +180,11 @@ class Extractor:
         started, tokens = time.monotonic(), 0
         for start in range(0, len(examples), len(buffer_BD)):
             part = examples[start : start + len(buffer_BD)]
-            gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)])
             try:
+                gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)])
                 sketch.update(gradients_BD, normalise=unit)
+            except ExampleTooLargeError as error:
+                raise ShardError(f"example {shard.ids[start + error.row]} ({EXAMPLES}): {error.reason}") from error
             except NonFiniteRowError as error:
                 raise ShardError(
                     f"the gradient of example {shard.ids[start + error.row]} ({EXAMPLES}) is not finite; "
