@@ -115,8 +115,8 @@ def test_the_automatic_budget_is_what_free_memory_holds(checkpointing: bool, mon
     gradients = engine.gradients(examples)
     assert relative_error(gradients, oracle(model, examples)) < 1e-5
     assert 1 < engine.tokens_per_batch < budget.MOST_TOKENS["cpu"]
-    # A row of so many tokens takes the share of the memory that may be used, by the profiler's count: within 5 %, because
-    # its share of label tokens is not the measured example's, and operations have scratch of their own.
+    # A row of so many tokens takes the share of the memory that may be used, by the profiler's count: within 5 %,
+    # because its share of label tokens is not the measured example's, and operations have scratch of their own.
     row = ragged([engine.tokens_per_batch])
     result = torch.empty(1, engine.dimension)
     taken = _peak_bytes(lambda: engine.gradients(row, out=result))
