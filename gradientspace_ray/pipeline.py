@@ -1,6 +1,7 @@
 """The stages in order, what decides each one's output, and the connection to Ray."""
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ from gradientspace_ray.models.loading import chosen_compute_dtype
 from gradientspace_ray.recipe import Recipe, dump_recipe
 from gradientspace_ray.run import RunDirectory, StageRecord, Summary, digest_of
 from gradientspace_ray.stages import cluster, extract, merge, prepare, report, route, score, train
+from gradientspace_ray.stages.progress import watched_board
 
 StageFunction = Callable[[Recipe, RunDirectory], Summary]
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
@@ -65,6 +67,25 @@ def _score_test(recipe: Recipe, run: RunDirectory) -> Summary:
     return score.score(recipe, run, "test")
 
 
+def _gradients(recipe: Recipe, run: RunDirectory) -> Summary:
+    """Sketches of shards are merged while others are being made."""
+    with watched_board() as board:
+        shards = extract.plan(recipe, run)
+        leaves = [shard.name for shard in shards]
+        if not merge.is_finished(recipe, run, leaves):
+            make = functools.partial(extract.extract, recipe, run, board, shards)
+            root = merge.merge(recipe, run, board, leaves, make)
+            if recipe.sketch.refine:
+                # A shard that has failed is not tried again.
+                good = {leaf.name for leaf in root.leaves}
+                second = extract.plan(recipe, run, basis=root.name)
+                second = [again for first, again in zip(shards, second, strict=True) if first.name in good]
+                make = functools.partial(extract.extract, recipe, run, board, second, refining=True)
+                root = merge.merge(recipe, run, board, [shard.name for shard in second], make, refining=True)
+            merge.finish(recipe, run, board, leaves, root)
+        return merge.clear(run, board)
+
+
 STAGES = (
     Stage(
         "prepare",
@@ -75,7 +96,7 @@ STAGES = (
     Stage("warmup", (train.warmup,), ("seed", "model", "lora", "warmup"), ("prepare",), ("generalist",)),
     Stage(
         "gradients",
-        (extract.extract, merge.merge),
+        (_gradients,),
         ("model", "gradients", "sketch"),
         ("prepare", "warmup"),
         ("sketch/rows", "sketch/coordinates.parquet", "sketch/spectrum.json"),

@@ -111,6 +111,9 @@ class GradientsSection(Section):
     """Tokens in one forward and backward pass; `auto` is as many as fit into memory and are of use."""
     workers: Positive = 2
     """Extraction actors."""
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    """What becomes of the run when a shard has failed `compute.retries` + 1 times: it stops with the shard's name when
+    the others are done, or it goes on without the shard's examples."""
 
 
 class SketchSection(Section):
@@ -118,8 +121,16 @@ class SketchSection(Section):
 
     rank: Positive = 64
     """Rows kept (k)."""
+    oversampling: Annotated[int, Field(ge=0)] | None = None
+    """Rows carried beyond `rank` until the end; null: as many more, which brings one pass within a percent or so of the
+    exact SVD."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the rows on disk."""
+    """Type of the rows, in memory and on disk."""
+    shrink: Literal["none", "frequent_directions"] = "none"
+    """`none` keeps the largest directions at every step, and usually the most energy; `frequent_directions` bounds the
+    error in advance, whatever the data and their order."""
+    refine: bool = False
+    """Go through all gradients once more, which brings the sketch close to the exact SVD and doubles the time."""
 
 
 class ClustersSection(Section):

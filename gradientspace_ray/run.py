@@ -9,10 +9,12 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,14 +23,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential_jitter
 
 MANIFEST = "manifest.json"
 COPIES = "gradientspace-fetched-"
+STAGING = ".staging"
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
+# pyarrow repeats each request to S3 for six seconds by itself: three tries are about 20 s. One that hangs takes a
+# hundred seconds, and is not tried again.
+TRIES, FIRST_WAIT_S, PATIENCE_S = 3, 1.0, 15.0
+# What pyarrow says of an object store's errors that stay as they are; lost connections and the like are the others.
+PERMANENT = re.compile(
+    r"(AWS Error |Status\()(ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|NO_SUCH_BUCKET|INVALID_|SIGNATURE_|MISSING_"
+    r"|UNRECOGNIZED_CLIENT|VALIDATION|\w+_EXPIRED|\w+_SKEWED)|HTTP status (3\d\d|40[0135])"
+)
+T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class RunError(RuntimeError):
     """A run directory that cannot be used; the message names the place and the mend in one line."""
+
+
+class MissingFileError(RunError, FileNotFoundError):
+    """What was asked for is not there; nothing else is wrong."""
 
 
 class Summary(BaseModel):
@@ -119,40 +137,102 @@ class RunDirectory:
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder called `name` is there."""
-        return self.filesystem.get_file_info(self.path(name)).type != fs.FileType.NotFound
+        return self._insist(self.filesystem.get_file_info, self.path(name)).type != fs.FileType.NotFound
 
     def names(self, name: str) -> list[str]:
         """Base names of what a folder holds, sorted; empty when it is missing."""
-        selector = fs.FileSelector(self.path(name), allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        return sorted(info.base_name for info in self._list(name))
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of every file in a folder and the folders in it, by path relative to `name`; empty when missing."""
+        skipped = len(self.path(name)) + 1
+        return {info.path[skipped:]: info.size for info in self._list(name, recursive=True) if info.is_file}
+
+    def _list(self, name: str, recursive: bool = False) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self.path(name), allow_not_found=True, recursive=recursive)
+        return self._insist(self.filesystem.get_file_info, selector)
+
+    def _insist(self, act: Callable[..., T], *args: Any, **options: Any) -> T:
+        """What `act` returns; on an object store it is done again, as a whole, when it fails in a way that may pass."""
+        if self.is_local:
+            return act(*args, **options)
+        return Retrying(
+            retry=retry_if_exception(_may_pass),
+            stop=stop_after_attempt(TRIES) | stop_after_delay(PATIENCE_S),
+            wait=wait_exponential_jitter(initial=FIRST_WAIT_S, jitter=FIRST_WAIT_S),
+            reraise=True,
+        )(act, *args, **options)
 
     def delete(self, name: str) -> None:
-        """Remove a file or folder; nothing happens when it is missing."""
-        info = self.filesystem.get_file_info(self.path(name))
-        if info.type == fs.FileType.Directory:
-            self.filesystem.delete_dir(info.path)
-        elif info.type == fs.FileType.File:
-            self.filesystem.delete_file(info.path)
+        """Remove a file or folder; nothing happens when it is missing, or goes meanwhile."""
+        self._insist(self._delete, self.path(name))
+
+    def _delete(self, path: str) -> None:
+        while (info := self.filesystem.get_file_info(path)).type != fs.FileType.NotFound:
+            # Of processes that remove the same folder, pyarrow stops all but one on the way.
+            with suppress(FileNotFoundError):
+                if info.type == fs.FileType.Directory:
+                    self.filesystem.delete_dir(path)
+                else:
+                    self.filesystem.delete_file(path)
+                return
+
+    def sweep(self, name: str = "") -> None:
+        """Remove what killed processes left: all staged folders, and parts of files in `name` and the folders in it.
+
+        Commits that are under way may fail. Object stores show nothing of one that was cut off.
+        """
+        if not self.is_local:
+            return
+        self.delete(STAGING)
+        for folder, _, files in os.walk(self.path(name)):
+            for file in filter(TEMPORARY.search, files):
+                Path(folder, file).unlink(missing_ok=True)
 
     def read_bytes(self, name: str) -> bytes:
         """Contents of a file.
 
         Raises:
-            RunError: the file is missing.
+            MissingFileError: the file is missing.
         """
         try:
-            with self.filesystem.open_input_stream(self.path(name)) as stream:
-                return stream.read()
+            return self._insist(self._read, self.path(name))
         except FileNotFoundError as error:
-            raise RunError(f"{self.path(name)} is missing; run the stage that makes it again") from error
+            raise MissingFileError(f"{self.path(name)} is missing; run the stage that makes it again") from error
+
+    def _read(self, path: str) -> bytes:
+        # Not as a stream, for which an object store is asked anew every 256 KiB.
+        with self.filesystem.open_input_file(path) as file:
+            return file.read()
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Commit a file at once: readers see the old contents or the new, never a part."""
+        if self.is_local:
+            try:
+                self._replace(name, data)
+            except FileNotFoundError:
+                # Another process removed the folder, or swept, between two steps.
+                self._replace(name, data)
+        else:
+            self._put({name: data})
+
+    def _put(self, sources: Mapping[str, bytes | Path]) -> None:
+        # In threads, which no interrupt reaches: a stream that ends early commits what it got until then.
+        pool = ThreadPoolExecutor()
+        try:
+            for put in [pool.submit(self._insist, self._put_one, name, source) for name, source in sources.items()]:
+                put.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _put_one(self, name: str, source: bytes | Path) -> None:
+        data = pa.memory_map(str(source)).read_buffer() if isinstance(source, Path) else source
+        # Not with copy_files, which says nothing when a part does not arrive.
+        with self.filesystem.open_output_stream(self.path(name)) as stream:
+            stream.write(data)
+
+    def _replace(self, name: str, data: bytes) -> None:
         target = self.path(name)
-        if not self.is_local:
-            with self.filesystem.open_output_stream(target) as stream:
-                stream.write(data)
-            return
         os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -168,7 +248,7 @@ class RunDirectory:
             RunError: the file is missing or damaged.
         """
         try:
-            return json.loads(self.read_bytes(name))
+            return self._parse(name, json.loads)
         except ValueError as error:
             raise self._unusable(name, str(error)) from error
 
@@ -179,12 +259,19 @@ class RunDirectory:
             RunError: the file is missing, damaged, or of another version.
         """
         try:
-            return model.model_validate_json(self.read_bytes(name))
+            return self._parse(name, model.model_validate_json)
         except ValidationError as error:
             first, *others = error.errors(include_url=False)
             place = "".join(f"{part}: " for part in first["loc"])
             more = f", and {len(others)} more" if others else ""
             raise self._unusable(name, f"{place}{first['msg']}{more}") from error
+
+    def _parse(self, name: str, parse: Callable[[bytes], T]) -> T:
+        # pyarrow asks for the length first: what an object store replaces meanwhile comes cut, or with a wrong end.
+        for _ in range(0 if self.is_local else TRIES - 1):
+            with suppress(ValueError):
+                return parse(self.read_bytes(name))
+        return parse(self.read_bytes(name))
 
     def _unusable(self, name: str, reason: str) -> RunError:
         # Without the manifest every stage runs again, and takes what it finds whole.
@@ -214,8 +301,8 @@ class RunDirectory:
             last: the file that marks a complete folder. That of an old folder goes first, and the new one comes last:
                 object stores cannot rename a folder.
         """
-        parent = self.path(".staging") if self.is_local else tempfile.gettempdir()
-        os.makedirs(parent, exist_ok=True)
+        parent = Path(self.path(STAGING)) if self.is_local else _copies(os.getpid())
+        parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="gradientspace-", dir=parent))
         try:
             yield folder
@@ -228,17 +315,13 @@ class RunDirectory:
                 os.replace(folder, target)
                 target.chmod(0o755)
             else:
-                self._upload(folder, name, last)
+                paths = {f"{name}/{path.relative_to(folder)}": path for path in folder.rglob("*") if path.is_file()}
+                paths.pop(f"{name}/{last}", None)
+                self._put(paths)
+                if last:
+                    self._put({f"{name}/{last}": folder / last})
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _upload(self, folder: Path, name: str, last: str | None) -> None:
-        marker = (folder / last).read_bytes() if last else b""
-        if last:
-            (folder / last).unlink()
-        fs.copy_files(str(folder), self.path(name), destination_filesystem=self.filesystem)
-        if last:
-            self.write_bytes(f"{name}/{last}", marker)
 
     def fetch(self, name: str) -> Path:
         """A local path of a committed file or folder: itself when the run is local, else a copy of this process's own.
@@ -247,11 +330,11 @@ class RunDirectory:
         caller may remove it to save room; the next call makes it anew.
 
         Raises:
-            RunError: nothing of that name is there.
+            MissingFileError: nothing of that name is there.
         """
-        info = self.filesystem.get_file_info(self.path(name))
+        info = self._insist(self.filesystem.get_file_info, self.path(name))
         if info.type == fs.FileType.NotFound:
-            raise RunError(f"{info.path} is missing; run the stage that makes it again")
+            raise MissingFileError(f"{info.path} is missing; run the stage that makes it again")
         if self.is_local:
             return Path(info.path)
         copies = _copies(os.getpid())
@@ -263,7 +346,7 @@ class RunDirectory:
                 if info.type == fs.FileType.Directory:
                     # Arrow makes the folders inside the copied one, not that one itself.
                     partial.mkdir()
-                fs.copy_files(info.path, str(partial), source_filesystem=self.filesystem)
+                self._insist(fs.copy_files, info.path, str(partial), source_filesystem=self.filesystem)
                 # It fails when another thread was faster; that one's copy is as good.
                 with suppress(OSError):
                     os.replace(partial, target)
@@ -275,9 +358,9 @@ class RunDirectory:
         Raises:
             RunError: it is damaged.
         """
-        if not self.exists(MANIFEST):
-            return Manifest()
-        return self.read_model(MANIFEST, Manifest)
+        with suppress(MissingFileError):
+            return self.read_model(MANIFEST, Manifest)
+        return Manifest()
 
     def record(self, stage: str, record: StageRecord) -> None:
         """Write one stage's entry into the manifest."""
@@ -286,9 +369,15 @@ class RunDirectory:
         self.write_json(MANIFEST, manifest.model_dump(mode="json"))
 
 
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error of an object store is one of the network's, or of a server that may get well."""
+    # pyarrow gives a number to errors of this machine, and to what is missing, and none to those of a store.
+    return type(error) is OSError and error.errno is None and not PERMANENT.search(str(error))
+
+
 @functools.cache
 def _copies(pid: int) -> Path:
-    """The folder of what this process fetched, removed when it ends; a forked child makes its own."""
+    """The folder of what this process fetched or stages, removed when it ends; a forked child makes its own."""
     # Ray kills its workers, and what a killed process leaves behind is removed by the next one.
     for left in Path(tempfile.gettempdir()).glob(f"{COPIES}*"):
         owner = left.name.removeprefix(COPIES).partition("-")[0]

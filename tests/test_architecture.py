@@ -40,6 +40,7 @@ MAY_IMPORT = (
             "lease",
             "examples",
             "models",
+            "stages.progress",
             *(f"stages.{stage}" for stage in STAGES),
         },
         "cli": {"recipe", "errors", "run", "pipeline", "serving", "router", "stages.report"},

@@ -1,27 +1,18 @@
-"""The gradient stage on a real Ray: shards, resume, damage, the merge tree, and the numbers against autograd."""
+"""The extraction of gradients: shards, what decides them, and the errors of one; without Ray."""
 
 import dataclasses
-import json
-import shutil
 from unittest.mock import MagicMock
 
-import numpy as np
-import pyarrow as pa
 import pytest
-import ray
 import torch
 from synthetic_run import synthetic_recipe, write_adapter, write_examples
 
-from gradientspace_ray.errors import one_line
 from gradientspace_ray.gradients.per_sample import ExampleTooLargeError, PerSampleGradients
 from gradientspace_ray.models.loading import load_adapter, load_base
 from gradientspace_ray.models.moments import AdamMoments, MomentsError, save_moments
-from gradientspace_ray.run import RunDirectory, RunError, digest_of
-from gradientspace_ray.sketch.columns import load_sketch
-from gradientspace_ray.sketch.tree import merge_tree
+from gradientspace_ray.run import RunDirectory, digest_of
 from gradientspace_ray.stages import extract as extract_stage
-from gradientspace_ray.stages.extract import extract, plan_shards
-from gradientspace_ray.stages.merge import _merge_node, merge
+from gradientspace_ray.stages.extract import plan_shards
 
 COUNT = 22
 
@@ -42,22 +33,8 @@ def new_run(folder, model_dir, count=COUNT):
     return run
 
 
-def autograd_gradients(run, model_dir):
-    """Unit gradients by plain autograd, one example at a time, in the order of sorted ids."""
-    model = load_adapter(load_base(str(model_dir)), run.fetch("generalist"), trainable=True)
-    rows = sorted(run.read_table("examples/train.parquet").to_pylist(), key=lambda row: row["id"])
-    weights = [weight for name, weight in model.named_parameters() if "lora_" in name]
-    gradients = []
-    for row in rows:
-        ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
-        loss = model(input_ids=ids, labels=labels).loss
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).double())
-    return [row["id"] for row in rows], torch.nn.functional.normalize(torch.stack(gradients), dim=1)
-
-
-def coordinates(run):
-    table = run.read_table("sketch/coordinates.parquet")
-    return table["id"].to_pylist(), np.array(table["coordinates"].to_pylist())
+def extractor_of(recipe, run):
+    return extract_stage.Extractor(recipe, run.uri, MagicMock(), MagicMock(), COUNT, refining=False)
 
 
 def test_shards_follow_from_the_ids_and_the_settings():
@@ -86,21 +63,20 @@ def test_the_recipe_decides_how_gradients_are_made(tiny_model_dir, tmp_path):
     moments = AdamMoments(first, second, 5, (0.9, 0.999), 1e-8)
     save_moments(moments, tmp_path / "run/generalist")
     decisive = extract_stage._decisive(recipe, run)
-    engine = extract_stage.Extractor(recipe, run.uri, MagicMock(), COUNT)._engine
+    engine = extractor_of(recipe, run)._engine
     examples = [([5, 6, 7, 8, 9, 10], [-100, -100, 7, 8, 9, 10]), ([9, 3, 4], [-100, 3, 4])]
-    expected = PerSampleGradients(
-        model, loss="sum", preconditioner="less", moments=moments, normalisation="module"
-    ).gradients(examples)
+    # The sketch normalises.
+    expected = PerSampleGradients(model, loss="sum", preconditioner="less", moments=moments).gradients(examples)
     gradients = engine.gradients(examples)
     assert gradients.dtype == torch.bfloat16
-    torch.testing.assert_close(gradients.float(), expected, rtol=0.01, atol=1e-4)
+    torch.testing.assert_close(gradients.float(), expected, rtol=0.01, atol=2e-3)
     save_moments(dataclasses.replace(moments, step=6), tmp_path / "run/generalist")
     assert extract_stage._decisive(recipe, run) != decisive
 
 
 def test_an_example_that_does_not_fit_into_memory_is_named(tiny_model_dir, tmp_path, monkeypatch):
     run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir)
-    extractor = extract_stage.Extractor(recipe, run.uri, MagicMock(), COUNT)
+    extractor = extractor_of(recipe, run)
     ids = sorted(run.read_table("examples/train.parquet")["id"].to_pylist())
     engine = extractor._engine
 
@@ -109,13 +85,15 @@ def test_an_example_that_does_not_fit_into_memory_is_named(tiny_model_dir, tmp_p
 
     monkeypatch.setattr(engine, "gradients", gradients)
     shard = plan_shards(ids, 5, None)[1]
-    (failure,) = extractor({"name": np.array([shard.name]), "ids": np.array([shard.ids])})["failure"]
-    assert failure == f"shard {shard.name}: example {shard.ids[2]} (examples/train.parquet): its 9 tokens do not fit"
+    failure, trace = extractor._try(shard)
+    assert failure == f"example {shard.ids[2]} (examples/train.parquet): its 9 tokens do not fit"
+    assert "ExampleTooLargeError" in trace
 
 
 def test_a_gradient_that_is_not_finite_names_its_example(tiny_model_dir, tmp_path):
     run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir)
-    extractor = extract_stage.Extractor(recipe, run.uri, MagicMock(), COUNT)
+    recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"retries": 0})})
+    extractor = extractor_of(recipe, run)
     ids = sorted(run.read_table("examples/train.parquet")["id"].to_pylist())
     gradients = extractor._engine.gradients
     seen = 0
@@ -130,128 +108,9 @@ def test_a_gradient_that_is_not_finite_names_its_example(tiny_model_dir, tmp_pat
 
     extractor._engine.gradients = poisoned
     extractor._buffer_BD = extractor._buffer_BD[:8]
-    result = extractor({"name": np.array(["00000.shard"]), "ids": np.array([ids], dtype=object)})
-    assert result["failure"] == [
-        f"shard 00000.shard: the gradient of example {ids[20]} (examples/train.parquet) is not finite; "
+    failure, _ = extractor._try(extract_stage.Shard("00000.shard", tuple(ids)))
+    assert failure == (
+        f"the gradient of example {ids[20]} (examples/train.parquet) is not finite; "
         "remove it from the data, or lower warmup.learning_rate"
-    ]
+    )
     assert not run.exists("sketch/shards/00000.shard")
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_sketch_of_a_run_on_an_object_store_is_that_of_its_gradients(ray_cluster, object_store, tiny_model_dir, capfd):
-    run, recipe = new_run(object_store(), tiny_model_dir), recipe_for(tiny_model_dir)
-    summary = extract(recipe, run)
-    assert summary.counts == {"examples": COUNT, "shards": 5, "shards_reused": 0, "sketches_damaged": 0}
-    assert len(run.names("sketch/shards")) == 5
-    first_bytes = {name: run.read_bytes(f"sketch/shards/{name}/sketch.json") for name in run.names("sketch/shards")}
-
-    # A committed shard is reused, a damaged one is made again, to the byte.
-    damaged = run.names("sketch/shards")[1]
-    run.write_bytes(f"sketch/shards/{damaged}/block-00000.safetensors", run_bytes_with_a_flip(run, damaged))
-    run.delete(f"sketch/shards/{run.names('sketch/shards')[2]}")
-    summary = extract(recipe, run)
-    assert summary.counts["shards_reused"] == 3
-    assert summary.counts["sketches_damaged"] == 1
-    assert first_bytes == {name: run.read_bytes(f"sketch/shards/{name}/sketch.json") for name in first_bytes}
-
-    summary = merge(recipe, run)
-    assert sorted(run.names("sketch")) == ["coordinates.parquet", "plan.json", "rows", "spectrum.json"]
-    ids, gradients_ND = autograd_gradients(run, tiny_model_dir)
-    found_ids, coordinates_NK = coordinates(run)
-    assert found_ids == ids
-    products = coordinates_NK @ coordinates_NK.T
-    assert np.allclose(products, (gradients_ND @ gradients_ND.T).numpy(), atol=2e-4)
-    spectrum = run.read_json("sketch/spectrum.json")
-    assert spectrum["energy_total"] == pytest.approx(COUNT)
-    assert spectrum["captured_share"] == pytest.approx(1, abs=1e-6)
-    assert spectrum["dimension"] == gradients_ND.shape[1]
-    assert np.allclose(spectrum["singular_values"], torch.linalg.svdvals(gradients_ND), atol=1e-4)
-    sketch, _ = load_sketch(run.fetch("sketch/rows"))
-    assert torch.allclose(sketch.coordinates @ sketch.rows.double(), gradients_ND, atol=1e-4)
-
-    # Both halves again, as after a kill before the manifest's entry: nothing is computed.
-    summary = extract(recipe, run)
-    assert summary.counts["shards_reused"] == 5
-    assert merge(recipe, run).counts["merges"] == 0
-    assert np.array_equal(coordinates(run)[1], coordinates_NK)
-
-    noise = capfd.readouterr().err
-    assert "ray-data.log" not in noise
-    assert "Traceback" not in noise
-    assert f"gradients: {COUNT}/{COUNT}" in noise
-
-
-def run_bytes_with_a_flip(run, shard):
-    data = bytearray(run.read_bytes(f"sketch/shards/{shard}/block-00000.safetensors"))
-    data[-1] ^= 1
-    return bytes(data)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_merge_that_was_killed_goes_on_where_it_stood(ray_cluster, tiny_model_dir, tmp_path):
-    recipe = recipe_for(tiny_model_dir)
-    run = new_run(tmp_path / "run", tiny_model_dir)
-    extract(recipe, run)
-    whole = RunDirectory(tmp_path / "whole")
-    shutil.copytree(run.path(), whole.path())
-    merge(recipe, whole)
-
-    # Killed after one pair was merged: that node is there, its leaves are gone.
-    root = merge_tree(run.read_json("sketch/plan.json")["leaves"])
-    *_, left = iter_first_parents(root)
-
-    ray.get(_merge_node.remote(run.uri, left, recipe.sketch.rank))
-    assert len(run.names("sketch/shards")) == 3
-
-    summary = extract(recipe, run)
-    assert summary.counts["shards_reused"] == 5
-    summary = merge(recipe, run)
-    assert summary.counts["merges"] == 3
-    for name in ("sketch/coordinates.parquet", "sketch/spectrum.json", "sketch/rows/block-00000.safetensors"):
-        assert run.read_bytes(name) == whole.read_bytes(name)
-
-    # A leaf that vanished is an error that says what to do.
-    run.delete("sketch/rows")
-    with pytest.raises(RunError, match="run the gradients stage again"):
-        merge(recipe, run)
-
-
-def iter_first_parents(node):
-    while node.children:
-        yield node
-        node = node.children[0]
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_one_shard_and_errors_that_name_their_shard(ray_cluster, tiny_model_dir, tmp_path, capfd):
-    run, recipe = new_run(tmp_path / "run", tiny_model_dir, count=3), recipe_for(tiny_model_dir)
-    extract(recipe, run)
-    assert merge(recipe, run).counts["merges"] == 1
-    assert len(coordinates(run)[0]) == 3
-
-    rows = run.read_table("examples/train.parquet").to_pylist()
-    for row in rows:
-        row["labels"] = [-100] * len(row["labels"])
-    schema = run.read_table("examples/train.parquet").schema
-    run.write_table("examples/train.parquet", pa.Table.from_pylist(rows, schema=schema))
-    run.delete("sketch")
-    with pytest.raises(extract_stage.ShardError) as caught:
-        extract(recipe, run)
-    assert str(caught.value).startswith("shard 00000.")
-    assert one_line(caught.value) == str(caught.value)
-    assert "no token counts" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert "Traceback" not in capfd.readouterr().err
-
-    unknown = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": "/no/such/model"})})
-    with pytest.raises(extract_stage.ShardError, match=r"shard .*: /no/such/model: the model cannot be loaded"):
-        extract(unknown, run)
-
-    run.write_table("examples/train.parquet", pa.Table.from_pylist([], schema=schema))
-    with pytest.raises(extract_stage.ShardError, match="holds no examples"):
-        extract(recipe, run)
-    assert json.loads(run.read_bytes("sketch/plan.json"))["examples"] == 3

@@ -1,7 +1,9 @@
 import json
 import logging
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,9 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
 
-from gradientspace_ray.run import RunDirectory, RunError, StageRecord, digest_of
+from gradientspace_ray import run as run_module
+from gradientspace_ray.run import MissingFileError, RunDirectory, RunError, StageRecord, digest_of
 
 MARKER = "training.json"
+
+
+@pytest.fixture(autouse=True)
+def quick_tries(monkeypatch):
+    monkeypatch.setattr(run_module, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -79,8 +87,99 @@ def test_the_environment_can_name_the_server(object_store, monkeypatch):
 def test_a_missing_file_is_named(run):
     with pytest.raises(RunError, match=r"nothing\.json is missing"):
         run.read_json("nothing.json")
-    with pytest.raises(RunError, match="nothing is missing"):
+    with pytest.raises(MissingFileError, match="nothing is missing"):
         run.fetch("nothing")
+
+
+def test_a_missing_file_is_told_from_a_broken_one_by_those_who_know_no_runs(run):
+    with pytest.raises(FileNotFoundError) as error:
+        run.read_bytes("sketch/plan.json")
+    message = f"{run.path('sketch/plan.json')} is missing; run the stage that makes it again"
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert isinstance(copy, RunError)
+    assert str(error.value) == str(copy) == message
+    run.write_bytes("sketch/plan.json", b"{")
+    with pytest.raises(RunError) as error:
+        run.read_json("sketch/plan.json")
+    assert not isinstance(error.value, OSError)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(remote, monkeypatch):
+    remote.record("prepare", StageRecord(status="done", digest="d" * 16))
+    read, lengths = RunDirectory._read, [40, 10_000]
+
+    def torn(self, path):
+        data = read(self, path)
+        return data.ljust(lengths[-1], b"}")[: lengths.pop()] if lengths else data
+
+    monkeypatch.setattr(RunDirectory, "_read", torn)
+    assert remote.manifest().stages["prepare"].digest == "d" * 16
+    assert not lengths
+
+
+def test_the_sizes_of_a_folder_s_files(run):
+    run.write_bytes("sketch/plan.json", b"123")
+    run.write_bytes("sketch/shards/0/rows.npy", b"12345")
+    run.write_bytes("sketch/shards/0/empty", b"")
+    run.write_bytes("sketches/other", b"1")
+    assert run.sizes("sketch") == {"plan.json": 3, "shards/0/rows.npy": 5, "shards/0/empty": 0}
+    assert run.sizes("sketch/shards/0") == {"rows.npy": 5, "empty": 0}
+    assert run.sizes("")["sketch/plan.json"] == 3
+    assert run.sizes("nothing") == {}
+
+
+def at_once(count, act):
+    """What each of some threads that start together returns, or raises."""
+    barrier, outcomes = threading.Barrier(count), []
+
+    def run_one():
+        barrier.wait(30)
+        try:
+            outcomes.append(act())
+        except OSError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run_one) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def test_a_folder_may_be_deleted_by_several_at_once(run):
+    for _ in range(5 if run.is_local else 1):
+        for index in range(200 if run.is_local else 8):
+            run.write_bytes(f"shards/{index}/deep/rows", b"1")
+        assert at_once(4, lambda: RunDirectory(run.uri).delete("shards")) == [None] * 4
+        assert not run.exists("shards")
+    run.write_bytes("x", b"1")
+    assert at_once(4, lambda: RunDirectory(run.uri).delete("x")) == [None] * 4
+
+
+def test_a_file_may_be_written_by_several_at_once(run):
+    written = [bytes([65 + index]) * 200_000 for index in range(6)]
+    left = list(written)
+    assert at_once(6, lambda: run.write_bytes("a/x", left.pop())) == [None] * 6
+    assert run.read_bytes("a/x") in written
+    assert run.names("a") == ["x"]
+
+
+@pytest.mark.parametrize("gone", ["the folder", "the part"])
+def test_a_write_outlives_the_removal_of_its_folder(tmp_path, monkeypatch, gone):
+    run, replace, removed = RunDirectory(tmp_path), os.replace, []
+
+    def too_late(source, target):
+        if not removed:
+            removed.append(source)
+            shutil.rmtree(Path(target).parent) if gone == "the folder" else os.unlink(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", too_late)
+    run.write_bytes("a/b/x", b"1")
+    assert run.read_bytes("a/b/x") == b"1"
+    assert run.names("a/b") == ["x"]
+    assert removed
 
 
 def test_a_directory_without_a_run_says_how_to_start_one(run):
@@ -148,19 +247,65 @@ def test_a_staged_folder_replaces_the_old_one(run):
     assert run.names(".staging") == []
 
 
-def test_a_worker_killed_while_it_uploads_leaves_no_marker(remote, monkeypatch):
+KILLED_WHILE_IT_STAGES = """
+import os, sys
+from gradientspace_ray.run import RunDirectory
+with RunDirectory(sys.argv[1]).staged("generalist") as folder:
+    (folder / "half").write_text("1")
+    print(folder, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def killed_while_it_stages(run):
+    command = [sys.executable, "-c", KILLED_WHILE_IT_STAGES, run.uri]
+    folder = Path(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip())
+    assert (folder / "half").exists()
+    return folder
+
+
+def test_what_a_killed_process_staged_for_an_object_store_is_removed_by_the_next_one(remote):
+    folder = killed_while_it_stages(remote)
+    code = f"from gradientspace_ray.run import RunDirectory\nwith RunDirectory({remote.uri!r}).staged('x'): pass"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    assert not folder.parent.exists()
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    kept = {"a.tmp": 1, "deep/0123456789.tmp": 1, "deep/x.npy.0123zzzz.tmp": 1, "deep/x.npy": 1}
+    left = ["sketch/deep/x.npy.01ab23cd.tmp", "sketch/plan.json.ffffffff.tmp"]
+    for name in (*(f"sketch/{name}" for name in kept), *left, "manifest.json.01ab23cd.tmp"):
+        run.write_bytes(name, b"1")
+    folder = killed_while_it_stages(run)
+    run.sweep("sketch")
+    assert run.sizes("sketch") == kept
+    assert not folder.exists()
+    assert run.exists("manifest.json.01ab23cd.tmp")
+    run.sweep()
+    assert run.names("") == ["sketch"]
+    RunDirectory(tmp_path / "nothing").sweep()
+
+
+def test_nothing_is_swept_on_an_object_store(remote):
+    remote.write_bytes("x.01ab23cd.tmp", b"1")
+    remote.sweep()
+    assert remote.names("") == ["x.01ab23cd.tmp"]
+
+
+def test_a_worker_that_fails_while_it_uploads_leaves_no_marker(remote, monkeypatch):
     commit(remote, "generalist", "old")
-    copy_files = fs.copy_files
+    put = RunDirectory._put_one
 
-    def dies_half_way(source, destination, **filesystems):
-        copy_files(f"{source}/deep", f"{destination}/deep", **filesystems)
-        raise OSError("connection reset")
+    def fails_half_way(self, name, source):
+        if "deep" not in name:
+            raise OSError("connection reset")
+        put(self, name, source)
 
-    monkeypatch.setattr(fs, "copy_files", dies_half_way)
+    monkeypatch.setattr(RunDirectory, "_put_one", fails_half_way)
     with pytest.raises(OSError, match="connection reset"):
         commit(remote, "generalist", "new")
     monkeypatch.undo()
-    assert remote.read_bytes("generalist/deep/adapter_model.safetensors") == b"new"
     assert not remote.exists(f"generalist/{MARKER}"), "half a folder must not look complete"
     commit(remote, "generalist", "new")
     assert contents(remote.fetch("generalist")) == whole("new")

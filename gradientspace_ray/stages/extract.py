@@ -7,11 +7,10 @@ a later run, is the same shard.
 
 import logging
 import math
-import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
+from ray.exceptions import RayActorError
 
 from gradientspace_ray.gradients.per_sample import Example, ExampleTooLargeError, PerSampleGradients
 from gradientspace_ray.models.fingerprint import model_fingerprint
@@ -29,15 +29,18 @@ from gradientspace_ray.models.loading import as_dtype, load_adapter, load_base
 from gradientspace_ray.models.moments import load_moments, moments_digest
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.registry import adapter_digest
-from gradientspace_ray.run import RunDirectory, Summary, digest_of
-from gradientspace_ray.sketch.columns import RECORD, SketchError, check_sketch, is_complete, save_sketch
+from gradientspace_ray.run import RunDirectory, digest_of
+from gradientspace_ray.sketch.columns import is_committed, open_sketch, save_sketch, save_sums
 from gradientspace_ray.sketch.online_svd import NonFiniteRowError, OnlineSVD
-from gradientspace_ray.sketch.tree import LEAVES, Node, merge_tree, missing, to_read
-from gradientspace_ray.stages.progress import watched_board
+from gradientspace_ray.sketch.refinement import Refinement
+from gradientspace_ray.sketch.tree import BASIS, LEAVES
+from gradientspace_ray.stages.progress import POLL_INTERVAL_S, on_this_node
 
 LINE = "gradients"
 EXAMPLES = "examples/train.parquet"
-PLAN = "sketch/plan.json"
+QUARANTINE = "sketch/quarantine"
+MERGE_SHARE = 0.1
+"""Of a worker's CPUs, left for the merges that go on meanwhile."""
 
 
 class ShardError(RuntimeError):
@@ -62,27 +65,72 @@ class Shard:
         return f"{LEAVES}/{self.name}"
 
 
-def extract(recipe: Recipe, run: RunDirectory) -> Summary:
-    """Sketch the gradients of every shard that is not sketched or merged yet, and write the plan that `merge` reads.
+def plan(recipe: Recipe, run: RunDirectory, basis: str | None = None) -> list[Shard]:
+    """All shards of a pass over the training examples.
+
+    Args:
+        recipe: the run's.
+        run: the run directory.
+        basis: for a second pass, name of the sketch of the first one, saved at `BASIS`.
 
     Raises:
-        ShardError: a shard failed; those that were finished stay committed.
+        ShardError: there are no examples.
     """
     ids = run.read_table(EXAMPLES, ["id"])["id"].to_pylist()
     if not ids:
         raise ShardError(f"{run.path(EXAMPLES)} holds no examples; give more data or smaller held-out shares")
-    shards = plan_shards(ids, recipe.gradients.examples_per_shard, _decisive(recipe, run))
-    run.write_json(PLAN, {"leaves": [shard.name for shard in shards], "examples": len(ids)})
-    root = merge_tree([shard.name for shard in shards])
-    damaged = _delete_damaged(recipe, run, to_read(_missing(run, root)))
-    needed = {node.name for node in _missing(run, root)}
-    todo = [shard for shard in shards if shard.name in needed]
-    if todo:
-        _sketch(recipe, run, todo)
-    reused = len(shards) - len(todo)
-    made = f"gradients of {len(ids)} examples in {len(shards)} shards" + (f", {reused} made before" if reused else "")
-    counts = {"examples": len(ids), "shards": len(shards), "shards_reused": reused, "sketches_damaged": damaged}
-    return Summary(made=made, counts=counts)
+    return plan_shards(ids, recipe.gradients.examples_per_shard, {**_decisive(recipe, run), "basis": basis})
+
+
+def extract(
+    recipe: Recipe,
+    run: RunDirectory,
+    board: Any,
+    shards: Sequence[Shard],
+    wanted: Collection[str],
+    refining: bool = False,
+) -> Iterator[str]:
+    """Run shards through a fixed pool of actors, and yield their names as their sketches are committed.
+
+    Args:
+        recipe: the run's.
+        run: the run directory.
+        board: where progress is reported.
+        shards: of the pass.
+        wanted: names of those that are to be made.
+        refining: whether this is the second pass.
+
+    Raises:
+        ShardError: a shard failed, and is not to be skipped; raised when all others are committed.
+    """
+    compute = recipe.compute
+    todo, total = [shard for shard in shards if shard.name in wanted], sum(len(shard.ids) for shard in shards)
+    done = total - sum(len(shard.ids) for shard in todo)
+    board.report.remote(LINE, done, total, part="done before")
+    items = [{"name": shard.name, "ids": list(shard.ids)} for shard in todo]
+    deaths = Deaths.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
+    arguments = {"recipe": recipe, "run_uri": run.uri, "board": board, "deaths": deaths, "total": total}
+    failures = []
+    with _quiet_ray_data(compute.retries):
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            Extractor,
+            fn_constructor_kwargs={**arguments, "refining": refining},
+            batch_size=1,
+            batch_format="numpy",
+            # One shard at a time: what waits at a busy actor could be done by an idle one.
+            compute=ray.data.ActorPoolStrategy(
+                size=min(recipe.gradients.workers, len(items)), max_tasks_in_flight_per_actor=1
+            ),
+            num_cpus=compute.cpus_per_worker * (1 - MERGE_SHARE),
+            num_gpus=compute.gpus_per_worker or None,
+        )
+        for row in dataset.iter_rows():
+            if row["failure"]:
+                failures.append(row)
+            else:
+                yield row["name"]
+    if failures:
+        _quarantine(recipe, run, todo, failures)
 
 
 def plan_shards(ids: Sequence[str], examples_per_shard: int, decisive: Any) -> list[Shard]:
@@ -104,17 +152,20 @@ def plan_shards(ids: Sequence[str], examples_per_shard: int, decisive: Any) -> l
 class Extractor:
     """The Ray Data actor: holds the model, and turns one shard into one committed sketch. It keeps no other state."""
 
-    def __init__(self, recipe: Recipe, run_uri: str, board: Any, total: int) -> None:
-        """Prepare; what is large is loaded for the first shard, so that its errors are a shard's errors.
+    def __init__(self, recipe: Recipe, run_uri: str, board: Any, deaths: Any, total: int, refining: bool) -> None:
+        """Prepare; what is large is loaded for the first shard, so that its errors come back in a row.
 
         Args:
             recipe: the run's.
             run_uri: the run directory.
             board: where progress is reported.
+            deaths: the `Deaths` of the pool.
             total: examples of all shards.
+            refining: make sums for the sketch at `BASIS`, instead of a sketch.
         """
         torch.set_num_threads(max(1, int(recipe.compute.cpus_per_worker)))
-        self._recipe, self._board, self._total = recipe, board, total
+        self._recipe, self._board, self._deaths, self._total = recipe, board, deaths, total
+        self._refining = refining
         self._run = RunDirectory(run_uri)
 
     @cached_property
@@ -130,8 +181,7 @@ class Extractor:
             load_adapter(base, generalist, trainable=True),
             labels=settings.labels,
             loss=settings.loss,
-            # The sketch scales examples to unit length at no cost.
-            normalisation="module" if settings.normalisation == "module" else "none",
+            # The sketch normalises at no cost.
             preconditioner=settings.preconditioner,
             moments=load_moments(generalist) if settings.preconditioner != "none" else None,
             dtype=as_dtype(settings.dtype),
@@ -143,9 +193,21 @@ class Extractor:
     @cached_property
     def _buffer_BD(self) -> torch.Tensor:
         """Scratch for gradients, written before it is read: one for all shards."""
-        rows = OnlineSVD(self._recipe.sketch.rank).buffer_rows
+        rows = self._empty_sketch().buffer_rows
         dtype = as_dtype(self._recipe.gradients.dtype)
         return torch.empty(rows, self._engine.dimension, dtype=dtype, device=self._recipe.compute.device)
+
+    @cached_property
+    def _basis_KD(self) -> torch.Tensor:
+        return open_sketch(self._run, BASIS).rows().to(self._recipe.compute.device)
+
+    @cached_property
+    def _layers(self) -> list[slice] | None:
+        """The columns of each adapted layer, where these are to count alike."""
+        if self._recipe.gradients.normalisation != "module":
+            return None
+        starts = [column.offset for column in self._engine.columns[::2]]
+        return [slice(*ends) for ends in zip(starts, [*starts[1:], self._engine.dimension], strict=True)]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Commit the sketch of the one shard in the batch: a pure function of it, safe to repeat.
@@ -153,36 +215,43 @@ class Extractor:
         A failure is returned, not raised, so that the other shards finish and stay committed.
         """
         shard = Shard(str(batch["name"][0]), tuple(str(id_) for id_ in batch["ids"][0]))
-        failure, trace = "", ""
-        try:
-            if not is_complete(self._run.filesystem, self._run.path(shard.folder), shard.name):
-                self._commit_with_retries(shard)
-        except (ValueError, RuntimeError, OSError) as error:
-            failure, trace = f"shard {shard.name}: {error}", traceback.format_exc()
+        self._wait_for_merges()
+        deaths = ray.get(self._deaths.begin.remote(shard.name, ray.get_runtime_context().get_node_id()))
+        if deaths > self._recipe.compute.retries:
+            mend = "if memory ran out, lower gradients.tokens_per_batch or sketch.rank"
+            failure, trace = f"its worker died {deaths} times; {mend}", ""
+        else:
+            failure, trace = self._try(shard)
+        self._deaths.end.remote(shard.name)
         return {"name": [shard.name], "failure": [failure], "trace": [trace]}
 
-    def _commit_with_retries(self, shard: Shard) -> None:
-        for attempt in range(self._recipe.compute.retries + 1):
+    def _try(self, shard: Shard) -> tuple[str, str]:
+        """Try a shard until it is committed, or has failed as often as it may: why, and the traceback; else empty."""
+        failure, trace = "", ""
+        for _ in range(self._recipe.compute.retries + 1):
             try:
-                return self._commit(shard)
-            except OSError:
-                if attempt == self._recipe.compute.retries:
-                    raise
-        return None
+                # Ray Data may repeat what is finished, and even merged.
+                if not is_committed(self._run, shard.folder, shard.name):
+                    self._commit(shard)
+                return "", ""
+            except (ValueError, RuntimeError, OSError) as error:
+                failure, trace = str(error) or type(error).__name__, traceback.format_exc()
+        return failure, trace
 
     def _commit(self, shard: Shard) -> None:
-        recipe, engine, buffer_BD = self._recipe, self._engine, self._buffer_BD
-        unit = recipe.gradients.normalisation == "example"
-        sketch = OnlineSVD(recipe.sketch.rank)
-        # Before the gradients, whose token budget may be what memory is left.
-        sketch.reserve(engine.dimension, recipe.compute.device)
+        started = time.monotonic()
+        engine, buffer_BD, sketch = self._engine, self._buffer_BD, self._empty()
         examples = self._read(shard.ids)
-        started, tokens = time.monotonic(), 0
+        unit = self._recipe.gradients.normalisation != "none"
+        tokens, sketching_s = 0, 0.0
+        self._board.report.remote(LINE, 0, self._total, part=shard.name)
         for start in range(0, len(examples), len(buffer_BD)):
             part = examples[start : start + len(buffer_BD)]
             try:
                 gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)])
-                sketch.update(gradients_BD, normalise=unit)
+                sketching_s -= self._clock()
+                sketch.update(gradients_BD, normalise=unit, parts=self._layers)
+                sketching_s += self._clock()
             except ExampleTooLargeError as error:
                 raise ShardError(f"example {shard.ids[start + error.row]} ({EXAMPLES}): {error.reason}") from error
             except NonFiniteRowError as error:
@@ -191,10 +260,39 @@ class Extractor:
                     "remove it from the data, or lower warmup.learning_rate"
                 ) from error
             tokens += sum(len(input_ids) for input_ids, _ in part)
-            speed = f"{tokens / (time.monotonic() - started):.0f} tokens/s a worker"
-            self._board.report.remote(LINE, start + len(part), self._total, speed, part=shard.name)
-        with self._run.staged(shard.folder, last=RECORD) as folder:
-            save_sketch(folder, sketch, shard.ids, recipe.sketch.dtype, name=shard.name)
+            self._board.report.remote(LINE, start + len(part), self._total, part=shard.name, tokens=tokens)
+        sketching_s -= self._clock()
+        if isinstance(sketch, Refinement):
+            save_sums(self._run, shard.folder, sketch, shard.ids, self._recipe.sketch.rank, name=shard.name)
+        else:
+            save_sketch(self._run, shard.folder, sketch, shard.ids, name=shard.name)
+        sketching_s += self._clock()
+        self._board.count.remote(shards=1, tokens=tokens, sketching_s=sketching_s, working_s=time.monotonic() - started)
+
+    def _wait_for_merges(self) -> None:
+        """What is made faster than it is merged would pile up in the run directory."""
+        # A board that is out of reach, as of a machine that is going down, is no reason to wait.
+        with suppress(RayActorError):
+            while ray.get(self._board.owed.remote()) > self._recipe.gradients.workers:
+                time.sleep(POLL_INTERVAL_S)
+
+    def _empty(self) -> OnlineSVD | Refinement:
+        """The memory of the rows is taken before the gradients, whose token budget may be what memory is left."""
+        if self._refining:
+            return Refinement(self._basis_KD)
+        sketch = self._empty_sketch()
+        sketch.reserve(self._engine.dimension, self._recipe.compute.device)
+        return sketch
+
+    def _empty_sketch(self) -> OnlineSVD:
+        settings = self._recipe.sketch
+        return OnlineSVD(settings.rank, settings.shrink, as_dtype(settings.dtype), settings.oversampling)
+
+    def _clock(self) -> float:
+        """Seconds, when the device has done what it was given."""
+        if self._recipe.compute.device == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
 
     def _read(self, ids: Sequence[str]) -> list[Example]:
         """(input_ids, labels) in the order of the ids."""
@@ -203,70 +301,57 @@ class Extractor:
         return list(zip(rows["input_ids"].to_pylist(), rows["labels"].to_pylist(), strict=True))
 
 
-def _sketch(recipe: Recipe, run: RunDirectory, shards: Sequence[Shard]) -> None:
-    """Run the shards through a fixed pool of actors."""
-    compute, total = recipe.compute, sum(len(shard.ids) for shard in shards)
-    items = [{"name": shard.name, "ids": list(shard.ids)} for shard in shards]
-    with watched_board() as board, _quiet_ray_data(compute.retries):
-        board.report.remote(LINE, 0, total, "loading")
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            Extractor,
-            fn_constructor_kwargs={"recipe": recipe, "run_uri": run.uri, "board": board, "total": total},
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=min(recipe.gradients.workers, len(items))),
-            num_cpus=compute.cpus_per_worker,
-            num_gpus=compute.gpus_per_worker or None,
-        )
-        failed = [row for row in dataset.iter_rows() if row["failure"]]
-    if failed:
-        more = f" ({len(failed) - 1} more shards failed)" if len(failed) > 1 else ""
-        message = failed[0]["failure"].splitlines()[0] + more
-        raise ShardError(message) from _RemoteError(f"{failed[0]['trace']}\n{message}")
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class Deaths:
+    """Counts how often a shard was begun and never ended, because its worker died.
+
+    Ray Data tries such a shard for ever, and one that takes too much memory would kill a worker each time. What dies
+    with its machine says nothing about the shard.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[str, list[str]] = {}
+
+    def begin(self, shard: str, node_id: str) -> int:
+        """Note that a worker on that machine begins a shard; how many died of it before."""
+        begun = self._begun.setdefault(shard, [])
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        died = sum(node in alive for node in begun)
+        begun.append(node_id)
+        return died
+
+    def end(self, shard: str) -> None:
+        """Note that the worker has seen the shard's end."""
+        self._begun.pop(shard, None)
+
+
+def _quarantine(recipe: Recipe, run: RunDirectory, shards: Sequence[Shard], failures: Sequence[dict[str, Any]]) -> None:
+    """Write down why shards failed, and stop unless they are to be skipped."""
+    ids = {shard.name: shard.ids for shard in shards}
+    attempts = recipe.compute.retries + 1
+    for row in failures:
+        facts = {"error": row["failure"], "traceback": row["trace"], "attempts": attempts, "ids": ids[row["name"]]}
+        run.write_json(f"{QUARANTINE}/{row['name']}.json", facts)
+    if recipe.gradients.on_bad_shard == "skip":
+        return
+    first = failures[0]
+    more = f" ({len(failures) - 1} more shards failed)" if len(failures) > 1 else ""
+    message = f"shard {first['name']}: {first['failure'].splitlines()[0]}{more}"
+    raise ShardError(message) from _RemoteError(f"{first['trace']}\n{message}")
 
 
 def _decisive(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     """What decides a shard's sketch beside its examples; settings of speed alone are left out."""
     settings, generalist = recipe.gradients, run.fetch("generalist")
-    speed = {"tokens_per_batch", "workers", "examples_per_shard", "checkpointing"}
+    speed = {"tokens_per_batch", "workers", "examples_per_shard", "checkpointing", "on_bad_shard"}
     return {
         "generalist": adapter_digest(generalist),
         "moments": moments_digest(generalist) if settings.preconditioner != "none" else None,
         "model": [recipe.model.model_dump(mode="json"), model_fingerprint(recipe.model.name)],
         "lora": recipe.lora.model_dump(mode="json"),
         "gradients": settings.model_dump(mode="json", exclude=speed),
-        "sketch": recipe.sketch.model_dump(mode="json"),
+        "sketch": recipe.sketch.model_dump(mode="json", exclude={"refine"}),
     }
-
-
-def _missing(run: RunDirectory, root: Node) -> list[Node]:
-    return list(missing(root, lambda node: is_complete(run.filesystem, run.path(node.folder), node.name)))
-
-
-def _delete_damaged(recipe: Recipe, run: RunDirectory, nodes: Sequence[Node]) -> int:
-    """Compare sketches of an earlier attempt with their checksums, and delete those that differ. Returns how many."""
-    check = _is_intact.options(
-        num_cpus=recipe.compute.cpus_per_worker, max_retries=recipe.compute.retries, retry_exceptions=[OSError]
-    )
-    intact = ray.get([check.remote(run.uri, node.folder) for node in nodes])
-    damaged = [node for node, good in zip(nodes, intact, strict=True) if not good]
-    for node in damaged:
-        run.delete(node.folder)
-    return len(damaged)
-
-
-@ray.remote
-def _is_intact(run_uri: str, folder: str) -> bool:
-    run = RunDirectory(run_uri)
-    local = run.fetch(folder)
-    try:
-        check_sketch(local)
-    except SketchError:
-        return False
-    finally:
-        if not run.is_local:
-            shutil.rmtree(local)
-    return True
 
 
 @contextmanager
@@ -281,6 +366,8 @@ def _quiet_ray_data(retries: int) -> Iterator[None]:
     levels = [handler.level for handler in consoles]
     for handler in consoles:
         handler.setLevel(logging.CRITICAL)
+    # A shard may take as long as it takes.
+    context.execution_no_progress_timeout_s = -1
     try:
         with ray.data.DataContext.current(context):
             yield

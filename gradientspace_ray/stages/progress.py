@@ -5,11 +5,13 @@ The one module of `stages/` that the other stages may import.
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -25,6 +27,7 @@ class Bars:
         self._lock = threading.Lock()
         self._tasks: dict[str, Any] = {}
         self._printed: dict[str, tuple[float, float]] = {}
+        self._first: dict[str, tuple[float, float]] = {}
         self._started = self._last_print = time.monotonic()
         self._progress = Progress(
             TextColumn("  {task.description:<24}", markup=False),
@@ -57,8 +60,16 @@ class Bars:
         if due or finished or silent:
             self._printed[line] = (now, done)
             self._last_print = now
-            clock = f"({now - self._started:.0f} s)"
-            self._console.print(f"  {line}: {done:g}/{total:g} {note} {clock}", highlight=False, markup=False)
+            clock = f"({now - self._started:.0f} s{self._left(line, done, total, now)})"
+            text = f"  {line}: {done:g}/{total:g} {note} {clock}"
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self, line: str, done: float, total: float, now: float) -> str:
+        first_time, first_done = self._first.setdefault(line, (now, done))
+        if not first_done < done < total:
+            return ""
+        seconds = (total - done) * (now - first_time) / (done - first_done)
+        return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
 
     def __enter__(self) -> "Bars":
         if self._console.is_terminal:
@@ -74,25 +85,72 @@ class Board:
     """Where workers leave their progress; `report.remote(line, done, total, note)`."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, tuple[float, float, str]] = {}
-        self._parts: dict[str, dict[str, float]] = {}
+        self._lines: dict[str, tuple[float, str]] = {}
+        self._parts: dict[str, dict[str, tuple[float, float]]] = {}
+        self._since: dict[str, float] = {}
+        self._counts: Counter[str] = Counter()
+        self._owed: set[str] = set()
 
-    def report(self, line: str, done: float, total: float, note: str = "", part: str = "") -> None:
+    def report(self, line: str, done: float, total: float, note: str = "", part: str = "", tokens: float = 0.0) -> None:
         """Keep the latest state of a line, the sum of its parts; a retried worker never moves its part back."""
         parts = self._parts.setdefault(line, {})
-        if done >= parts.get(part, 0.0):
-            parts[part] = done
-            self._lines[line] = (sum(parts.values()), total, note)
+        if part:
+            self._since.setdefault(line, time.monotonic())
+        if (done, tokens) >= parts.get(part, (0.0, 0.0)):
+            parts[part] = (done, tokens)
+            self._lines[line] = (total, note)
+
+    def count(self, **amounts: float) -> None:
+        """Add to the totals that the stage reports at its end."""
+        self._counts.update(amounts)
+
+    def counts(self) -> dict[str, float]:
+        """All totals."""
+        return dict(self._counts)
+
+    def owe(self, work: str) -> None:
+        """Note that there is work to do, by its name."""
+        self._owed.add(work)
+
+    def settle(self, *works: str) -> None:
+        """Note that work is done, or will not be; without a name, all of it."""
+        self._owed = self._owed - set(works) if works else set()
+
+    def owed(self) -> int:
+        """How much work there is to do."""
+        return len(self._owed)
 
     def lines(self) -> dict[str, tuple[float, float, str]]:
         """Line -> (done, total, note)."""
-        return self._lines
+        return {line: self._line(line, total, note) for line, (total, note) in self._lines.items()}
+
+    def _line(self, line: str, total: float, note: str) -> tuple[float, float, str]:
+        parts = self._parts[line].values()
+        done, tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        seconds = time.monotonic() - self._since.get(line, 0.0)
+        # Less than a second says nothing about the speed.
+        speed = f"{done / seconds:.1f} examples/s, {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 1 else ""
+        return done, total, ", ".join(text for text in (note, speed) if text)
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Where an actor of the driver is lost with the driver, and with no other machine."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def counts_of(board: Any) -> dict[str, float]:
+    """The totals that a board holds; none when it was lost, which costs the report of a stage and nothing else."""
+    try:
+        counts: dict[str, float] = ray.get(board.counts.remote())
+    except ray.exceptions.RayActorError:
+        return {}
+    return counts
 
 
 @contextmanager
 def watched_board() -> Iterator[Any]:
     """A board for Ray workers, shown on this process's terminal while the block runs. Yields the actor's handle."""
-    board = Board.remote()  # type: ignore[attr-defined]
+    board = Board.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     stop = threading.Event()
     with Bars() as bars:
 

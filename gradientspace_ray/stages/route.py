@@ -40,8 +40,8 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
     """
     experts = trained_experts(run)
     train_NH, validation_NH = _encodings(recipe, run)
-    labels_N = _clusters(run)
-    fit = fit_head(train_NH, labels_N, len(experts), recipe.seed)
+    clustered_N, labels_N = _clusters(run)
+    fit = fit_head(train_NH[clustered_N], labels_N, len(experts), recipe.seed)
     losses = run.read_table("evaluation/losses.validation.parquet")
     calibration = calibrate(
         fit.head.logits(validation_NH),
@@ -117,18 +117,21 @@ def _encode(recipe: Recipe, run_uri: str, start: int, stop: int, board: Any, lin
     return np.concatenate(chunks)
 
 
-def _clusters(run: RunDirectory) -> np.ndarray:
-    """[N] cluster of each training example, in the order of `examples/train.parquet`."""
+def _clusters(run: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
+    """Places in `examples/train.parquet` of the examples that have a cluster, and these clusters, both [N].
+
+    Examples of shards that failed, and were skipped, have none.
+    """
     assignments = run.read_table("clusters/assignments.parquet").to_pydict()
     cluster_of = dict(zip(assignments["id"], assignments["cluster"], strict=True))
     ids = run.read_table("examples/train.parquet", ["id"])["id"].to_pylist()
-    missing = [id_ for id_ in ids if id_ not in cluster_of]
-    if missing:
+    if strangers := cluster_of.keys() - set(ids):
         raise ValueError(
-            f"clusters/assignments.parquet lacks {len(missing)} training examples ({missing[0]}, ...); "
-            "run the cluster stage again"
+            f"clusters/assignments.parquet has {len(strangers)} examples that examples/train.parquet lacks "
+            f"({min(strangers)}, ...); run the cluster stage again"
         )
-    return np.array([cluster_of[id_] for id_ in ids], dtype=int)
+    clustered = [place for place, id_ in enumerate(ids) if id_ in cluster_of]
+    return np.array(clustered, dtype=int), np.array([cluster_of[ids[place]] for place in clustered], dtype=int)
 
 
 def _accuracy(fit: HeadFit, labels_N: np.ndarray) -> float | None:
