@@ -53,7 +53,7 @@ def stage_statuses(run_dir):
 def finished_run(tiny_arguments):
     """A run that is interrupted with Ctrl-C while Ray Data and while Ray Train are at work, then finished."""
     run_dir, arguments = tiny_arguments
-    for stage, at_work in (("gradients", "sketch/plan.json"), ("experts", ".staging/train")):
+    for stage, at_work in (("gradients", "sketch/shards"), ("experts", ".staging/train")):
         process = subprocess.Popen(
             [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
