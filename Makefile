@@ -1,15 +1,16 @@
 # make demo: from nothing to a routed answer.  make test: lint, types, all tests.
 # make benchmark-gradients: the per-sample gradients timed beside those of other libraries, about ten minutes.
+# make benchmark-sketch: the online SVD beside the exact one and others; "--simulate" merges made-up sketches of a large run.
 # make peers: only installs these libraries, into an environment of their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 RUN_DIR ?= runs/quickstart
-BENCHMARK_JSON ?= runs/benchmarks/gradients.json
+BENCHMARKS ?= runs/benchmarks
 BENCHMARK_OPTIONS ?=
 
-.PHONY: setup demo test lint peers benchmark-gradients clean
+.PHONY: setup demo test lint peers benchmark-gradients benchmark-sketch clean
 
 setup: $(VENV)/installed
 
@@ -49,7 +50,10 @@ $(PEERS)/installed: $(VENV)/installed jobs/benchmarks/peers.txt
 	touch $@
 
 benchmark-gradients: peers
-	$(PEERS)/bin/python jobs/benchmarks/gradients.py --json $(BENCHMARK_JSON) $(BENCHMARK_OPTIONS)
+	$(PEERS)/bin/python jobs/benchmarks/gradients.py --json $(BENCHMARKS)/gradients.json $(BENCHMARK_OPTIONS)
+
+benchmark-sketch: setup
+	$(BIN)/python jobs/benchmarks/sketch.py --json $(BENCHMARKS)/sketch.json $(BENCHMARK_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) runs

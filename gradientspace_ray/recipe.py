@@ -105,7 +105,7 @@ class GradientsSection(Section):
     """Type of the buffer of gradients that the sketch absorbs at once."""
     checkpointing: bool = False
     """Keep less for the backward pass, at the price of a second forward pass, for models that do not fit otherwise."""
-    examples_per_shard: Positive = 128
+    examples_per_shard: Positive = 256
     """Examples in one shard, the unit of work, retry and commit."""
     tokens_per_batch: Positive | Literal["auto"] = "auto"
     """Tokens in one forward and backward pass; `auto` is as many as fit into memory and are of use."""

@@ -80,7 +80,7 @@ def test_an_example_that_does_not_fit_into_memory_is_named(tiny_model_dir, tmp_p
     ids = sorted(run.read_table("examples/train.parquet")["id"].to_pylist())
     engine = extractor._engine
 
-    def gradients(examples, out):
+    def gradients(examples, out, on_batch):
         raise ExampleTooLargeError(2, "its 9 tokens do not fit")
 
     monkeypatch.setattr(engine, "gradients", gradients)
@@ -98,9 +98,9 @@ def test_a_gradient_that_is_not_finite_names_its_example(tiny_model_dir, tmp_pat
     gradients = extractor._engine.gradients
     seen = 0
 
-    def poisoned(examples, out):
+    def poisoned(examples, out, on_batch):
         nonlocal seen
-        gradients(examples, out)
+        gradients(examples, out, on_batch)
         if seen <= 20 < seen + len(examples):
             out[20 - seen, 3] = torch.nan
         seen += len(examples)

@@ -159,6 +159,8 @@ def test_a_saved_merge_is_the_merge_in_memory(store, shrink):
     for index, count in enumerate([12, 9]):
         sketch = OnlineSVD(6, shrink)
         sketch.update(torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(index)), normalise=True)
+        # As they were saved: turned, and rounded once more.
+        assert sketch.carried_rows.shape == (count, WIDTH)
         sketches.append(sketch)
     sketches[0].merge(sketches[1])
     u_NK, r_KD, _ = assembled(store, root)

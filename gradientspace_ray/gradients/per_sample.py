@@ -8,7 +8,7 @@ Shapes: N examples, D LoRA parameters.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -122,13 +122,19 @@ class PerSampleGradients:
         self.path = _choose_path(model.get_base_model(), path, compute_dtype)
 
     @torch.inference_mode(False)
-    def gradients(self, examples: Sequence[Example], out: torch.Tensor | None = None) -> torch.Tensor:
+    def gradients(
+        self,
+        examples: Sequence[Example],
+        out: torch.Tensor | None = None,
+        on_batch: Callable[[Sequence[int]], None] | None = None,
+    ) -> torch.Tensor:
         """One gradient a row, in the order of the examples.
 
         Args:
             examples: (input_ids, labels) of any lengths: lists, or arrays or tensors of one dimension. An example's
                 row does not depend on the others.
             out: [N, D] of the engine's dtype on the model's device, each row contiguous; made anew when None.
+            on_batch: called after each batch with the indices of its examples, for those who wait.
 
         Returns:
             [N, D]: `out`.
@@ -160,13 +166,19 @@ class PerSampleGradients:
         ):
             waiting = list(range(len(examples)))
             while waiting:
-                waiting = self._run(labelled, waiting, layers)
+                waiting = self._run(labelled, waiting, layers, on_batch)
         if self._preconditioner:
             self._preconditioner.apply(gradients_ND)
         normalise(gradients_ND, self.columns, self._normalisation)
         return gradients_ND
 
-    def _run(self, examples: list[Example], waiting: list[int], layers: Sequence[Any]) -> list[int]:
+    def _run(
+        self,
+        examples: list[Example],
+        waiting: list[int],
+        layers: Sequence[Any],
+        on_batch: Callable[[Sequence[int]], None] | None,
+    ) -> list[int]:
         """Go through the examples until all are done, or the token budget changes. Returns those that still wait."""
         lengths = [len(examples[index][0]) for index in waiting]
         budget = self.tokens_per_batch or 1  # one: the longest example alone, which shows what a token takes
@@ -178,6 +190,8 @@ class PerSampleGradients:
                 self._shrink(failure, rows, [lengths[position] for position in positions])
                 break
             done.update(rows)
+            if on_batch:
+                on_batch(rows)
             if budget != self.tokens_per_batch:
                 break
         return [index for index in waiting if index not in done]

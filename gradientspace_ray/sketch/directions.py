@@ -39,6 +39,15 @@ def gram(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     return (upper_SS + upper_SS.triu(1).T).cpu()
 
 
+def row_squares(rows_BD: torch.Tensor, slices_P: Sequence[slice]) -> torch.Tensor:
+    """Squared norms of the parts of each row, [P, B] float64 on the device of the rows."""
+    squares_PB = rows_BD.new_zeros(len(slices_P), rows_BD.shape[0], dtype=torch.float64)
+    for squares_B, columns in zip(squares_PB, slices_P, strict=True):
+        for block in _stacked_blocks([rows_BD[:, columns]], torch.float64):
+            squares_B += torch.linalg.vecdot(block, block)
+    return squares_PB
+
+
 def rotate(matrices: Sequence[torch.Tensor], weights_SK: torch.Tensor) -> torch.Tensor:
     """`weights_SK^T` times the stacked rows, in float32: rows are rounded to that, or to less, when they are stored.
 
@@ -64,7 +73,8 @@ def _stacked_blocks(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> Ite
     for columns in column_blocks(width):
         size = columns.stop - columns.start
         block = scratch[: total_rows * size].view(total_rows, size)
-        torch.cat([matrix[:, columns].to(dtype) for matrix in matrices], out=block)
+        for matrix, rows in zip(matrices, block.split([len(matrix) for matrix in matrices]), strict=True):
+            rows.copy_(matrix[:, columns])
         yield block
 
 

@@ -26,7 +26,14 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from gradientspace_ray.sketch.directions import column_blocks, gram, rotate, shrunk_directions, top_directions
+from gradientspace_ray.sketch.directions import (
+    column_blocks,
+    gram,
+    rotate,
+    row_squares,
+    shrunk_directions,
+    top_directions,
+)
 
 Shrink = Literal["none", "frequent_directions"]
 TURNED_AT_ONCE = 2**14
@@ -68,8 +75,6 @@ class OnlineSVD:
             root of the number of updates, and the ledger to about 1e-6 of ||G||^2 times that number.
         buffer_rows: rows absorbed at once, b = c with c rows carried: the Gram matrix and the rotation of b rows take
             (c + b)^2 D / 2 + c (c + b) D multiply-adds, a row the least at b = sqrt(3) c, and 7 % more at c.
-        carried_coordinates: [N, C] float64 on the CPU, orthonormal columns; row i is about the i-th row seen.
-        carried_singular_values: [C] float64 on the CPU, falling; the norms of `carried_rows`.
         energy_total: squared Frobenius norm of all rows seen.
         row_energies: [N] float64 on the CPU, the squared norm of each row as absorbed, after scaling.
         weights: T, [C, C] float64 on the CPU: T R is the Frequent Directions sketch of the rows seen. None without
@@ -106,8 +111,10 @@ class OnlineSVD:
         self.rank, self.shrink, self.dtype = rank, shrink, dtype
         self.carried = rank + (rank if oversampling is None else oversampling)
         self.buffer_rows = self.carried
-        self.carried_coordinates = torch.zeros(0, 0, dtype=torch.float64)
-        self.carried_singular_values = torch.zeros(0, dtype=torch.float64)
+        self._coordinates_NC = torch.zeros(0, 0, dtype=torch.float64)
+        self._singular_values_C = torch.zeros(0, dtype=torch.float64)
+        # Rows that were only put beside the others: S, whose directions are found when they are asked for.
+        self._is_stacked = False
         self.energy_total = 0.0
         self.row_energies = torch.zeros(0, dtype=torch.float64)
         self.weights = None if shrink == "none" else torch.zeros(0, 0, dtype=torch.float64)
@@ -139,8 +146,8 @@ class OnlineSVD:
         fits = len(rows_CD) == len(singular_values_C) == kept <= sketch.carried and len(row_energies_N) == count
         if not fits or (weights_CC is None) != (shrink == "none"):
             raise ValueError(f"these are not the parts of one sketch of rank {rank} with shrink={shrink!r}")
-        sketch.carried_coordinates = coordinates_NC.to("cpu", torch.float64)
-        sketch.carried_singular_values = singular_values_C.to("cpu", torch.float64)
+        sketch._coordinates_NC = coordinates_NC.to("cpu", torch.float64)
+        sketch._singular_values_C = singular_values_C.to("cpu", torch.float64)
         sketch.row_energies = row_energies_N.to("cpu", torch.float64)
         sketch.weights = None if weights_CC is None else weights_CC.to("cpu", torch.float64)
         sketch.energy_total, sketch.shrunk = energy_total, shrunk
@@ -171,14 +178,31 @@ class OnlineSVD:
     @property
     def carried_rows(self) -> torch.Tensor:
         """[C, D] of `dtype`, of which `rows` are the leading ones."""
-        if self._store_CD is None:
-            return torch.zeros(0, 0, dtype=self.dtype)
-        return self._store_CD[: self.carried_singular_values.shape[0]]
+        self._settle()
+        return self._rows
+
+    @property
+    def carried_coordinates(self) -> torch.Tensor:
+        """[N, C] float64 on the CPU, orthonormal columns; row i is about the i-th row seen."""
+        self._settle()
+        return self._coordinates_NC
+
+    @property
+    def carried_singular_values(self) -> torch.Tensor:
+        """[C] float64 on the CPU, falling; the norms of `carried_rows`."""
+        self._settle()
+        return self._singular_values_C
 
     @property
     def dimension(self) -> int:
         """D; 0 before the first row."""
-        return self.carried_rows.shape[1]
+        return 0 if self._store_CD is None else self._store_CD.shape[1]
+
+    @property
+    def _rows(self) -> torch.Tensor:
+        if self._store_CD is None:
+            return torch.zeros(0, 0, dtype=self.dtype)
+        return self._store_CD[: self._coordinates_NC.shape[1]]
 
     @torch.no_grad()
     def update(self, rows_ND: torch.Tensor, normalise: bool = False, parts: Sequence[slice] | None = None) -> None:
@@ -199,17 +223,47 @@ class OnlineSVD:
         self._check_width(rows_ND)
         slices_P = column_parts(rows_ND.shape[1], parts, normalise)
         for start in range(0, rows_ND.shape[0], self.buffer_rows):
-            self._absorb(rows_ND[start : start + self.buffer_rows], slices_P, normalise, start)
+            rows_BD = rows_ND[start : start + self.buffer_rows]
+            fits = self._rows.shape[0] + rows_BD.shape[0] <= self.carried
+            (self._append if fits else self._absorb)(rows_BD, slices_P, normalise, start)
+
+    def _append(self, rows_BD: torch.Tensor, slices_P: Sequence[slice], normalise: bool, first_row: int) -> None:
+        """Put rows beside those that are carried, where there is room: R = U^T G holds as it is."""
+        squares_PB = row_squares(rows_BD, slices_P).cpu()
+        whole_B, energies_B = whole_scale(squares_PB, normalise, first_row)
+        store_CD, count = self._store_for(rows_BD), rows_BD.shape[0]
+        new = slice(self._rows.shape[0], self._rows.shape[0] + count)
+        for columns, squares_B in zip(slices_P, squares_PB, strict=True):
+            scale_B = (unit_scale(squares_B) if normalise else 1.0) * whole_B
+            part_CD, part_BD = store_CD[new, columns], rows_BD[:, columns]
+            for block in column_blocks(part_BD.shape[1], TURNED_AT_ONCE):
+                part_CD[:, block] = part_BD[:, block].double() * scale_B[:, None].to(rows_BD.device)
+        unit_BB = torch.eye(count, dtype=torch.float64)
+        self._coordinates_NC = torch.block_diag(self._coordinates_NC, unit_BB)
+        self.weights = None if self.weights is None else torch.block_diag(self.weights, unit_BB)
+        self._note(energies_B)
+        self._is_stacked = True
+
+    def _settle(self) -> None:
+        """Turn rows that were put beside each other to orthogonal ones."""
+        if self._is_stacked:
+            none_MC = torch.zeros(0, 0, dtype=torch.float64)
+            scales = [(slice(None), torch.ones(self._rows.shape[0], dtype=torch.float64))]
+            self._combine(self._rows[:0], gram([self._rows]), scales, none_MC, none_MC)
+
+    def _note(self, row_energies_N: torch.Tensor) -> None:
+        self.row_energies = torch.cat([self.row_energies, row_energies_N])
+        self.energy_total += float(row_energies_N.sum())
 
     def _absorb(self, rows_BD: torch.Tensor, slices_P: Sequence[slice], normalise: bool, first_row: int) -> None:
         """One buffer; the Gram matrices of the parts are scaled from their own diagonals, and added."""
-        size = self.carried_rows.shape[0] + rows_BD.shape[0]
+        size = self._rows.shape[0] + rows_BD.shape[0]
         gram_SS = torch.zeros(size, size, dtype=torch.float64)
         squares_PB = torch.zeros(len(slices_P), rows_BD.shape[0], dtype=torch.float64)
         scales_PS = torch.ones(len(slices_P), size, dtype=torch.float64)
-        new = slice(self.carried_rows.shape[0], size)
+        new = slice(self._rows.shape[0], size)
         for index, columns in enumerate(slices_P):
-            part_SS = gram([self.carried_rows[:, columns], rows_BD[:, columns]])
+            part_SS = gram([self._rows[:, columns], rows_BD[:, columns]])
             squares_PB[index] = part_SS.diagonal()[new]
             if normalise:
                 scales_PS[index, new] = unit_scale(squares_PB[index])
@@ -220,8 +274,7 @@ class OnlineSVD:
         gram_SS *= torch.outer(whole_S, whole_S)
         unit_BB = torch.eye(rows_BD.shape[0], dtype=torch.float64)
         self._combine(rows_BD, gram_SS, list(zip(slices_P, scales_PS * whole_S, strict=True)), unit_BB, unit_BB)
-        self.row_energies = torch.cat([self.row_energies, energies_B])
-        self.energy_total += float(energies_B.sum())
+        self._note(energies_B)
 
     @torch.no_grad()
     def merge(self, other: "OnlineSVD") -> None:
@@ -232,15 +285,14 @@ class OnlineSVD:
         """
         if other.shrink != self.shrink:
             raise ValueError(f"a sketch with shrink={self.shrink!r} cannot absorb one with shrink={other.shrink!r}")
-        if not other.carried_coordinates.shape[0]:
+        if not other._coordinates_NC.shape[0]:
             return
-        self._check_width(other.carried_rows)
-        gram_SS = gram([self.carried_rows, other.carried_rows])
+        self._check_width(other._rows)
+        gram_SS = gram([self._rows, other._rows])
         scales = [(slice(None), torch.ones(gram_SS.shape[0], dtype=torch.float64))]
-        self._combine(other.carried_rows, gram_SS, scales, other.carried_coordinates, other.weights)
+        self._combine(other._rows, gram_SS, scales, other._coordinates_NC, other.weights)
         self.shrunk += other.shrunk
-        self.row_energies = torch.cat([self.row_energies, other.row_energies])
-        self.energy_total += other.energy_total
+        self._note(other.row_energies)
 
     def _combine(
         self,
@@ -257,12 +309,13 @@ class OnlineSVD:
             weights_SS = torch.block_diag(self.weights, weights_MM)
             directions_SC, singular_values_C, self.weights, delta = shrunk_directions(gram_SS, self.carried, weights_SS)
             self.shrunk += delta
-        kept = self.carried_rows.shape[0]
-        self._turn([self.carried_rows, rows_MD], directions_SC, scales)
-        self.carried_coordinates = torch.cat(
-            [self.carried_coordinates @ directions_SC[:kept], coordinates_NM @ directions_SC[kept:]]
+        kept = self._rows.shape[0]
+        self._turn([self._rows, rows_MD], directions_SC, scales)
+        self._coordinates_NC = torch.cat(
+            [self._coordinates_NC @ directions_SC[:kept], coordinates_NM @ directions_SC[kept:]]
         )
-        self.carried_singular_values = singular_values_C
+        self._singular_values_C = singular_values_C
+        self._is_stacked = False
 
     def _turn(self, matrices: Sequence[torch.Tensor], directions_SC: torch.Tensor, scales: Scales) -> None:
         """Replace the rows by those of `directions_SC^T [matrices]`; a block is read whole before it is overwritten."""

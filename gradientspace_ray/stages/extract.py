@@ -243,12 +243,18 @@ class Extractor:
         engine, buffer_BD, sketch = self._engine, self._buffer_BD, self._empty()
         examples = self._read(shard.ids)
         unit = self._recipe.gradients.normalisation != "none"
-        tokens, sketching_s = 0, 0.0
-        self._board.report.remote(LINE, 0, self._total, part=shard.name)
+        done, tokens, sketching_s = 0, 0, 0.0
+
+        def report(rows: Sequence[int]) -> None:
+            nonlocal done, tokens
+            done, tokens = done + len(rows), tokens + sum(len(part[row][0]) for row in rows)
+            self._board.report.remote(LINE, done, self._total, part=shard.name, tokens=tokens)
+
+        report([])
         for start in range(0, len(examples), len(buffer_BD)):
             part = examples[start : start + len(buffer_BD)]
             try:
-                gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)])
+                gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)], on_batch=report)
                 sketching_s -= self._clock()
                 sketch.update(gradients_BD, normalise=unit, parts=self._layers)
                 sketching_s += self._clock()
@@ -259,8 +265,6 @@ class Extractor:
                     f"the gradient of example {shard.ids[start + error.row]} ({EXAMPLES}) is not finite; "
                     "remove it from the data, or lower warmup.learning_rate"
                 ) from error
-            tokens += sum(len(input_ids) for input_ids, _ in part)
-            self._board.report.remote(LINE, start + len(part), self._total, part=shard.name, tokens=tokens)
         sketching_s -= self._clock()
         if isinstance(sketch, Refinement):
             save_sums(self._run, shard.folder, sketch, shard.ids, self._recipe.sketch.rank, name=shard.name)
