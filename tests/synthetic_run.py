@@ -12,6 +12,7 @@ from gradientspace_ray.models.loading import add_lora, load_base, load_tokenizer
 from gradientspace_ray.recipe import Recipe, parse_recipe
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory, StageRecord
+from gradientspace_ray.sketch.spectrum import describe_spectrum
 
 DOMAINS = ("sums", "stories")
 EXAMPLE_SCHEMA = pa.schema(
@@ -116,12 +117,9 @@ def synthetic_run(
     coordinates_NK = np.random.default_rng(0).normal(size=(len(ids), 6)) + 4 * np.eye(6)[cluster_N]
     columns = {"id": ids, "coordinates": pa.array(coordinates_NK.tolist(), pa.list_(pa.float32()))}
     run.write_table("sketch/coordinates.parquet", pa.table(columns))
-    spectrum = {"rank": 6, "dimension": 1000, "examples": 40, "singular_values": [3.0, 2.0, 1.5, 1.0, 0.5, 0.2]}
-    energy = sum(value**2 for value in spectrum["singular_values"])
-    run.write_json(
-        "sketch/spectrum.json",
-        spectrum | {"energy_total": 40.0, "energy_captured": energy, "captured_share": energy / 40},
-    )
+    values_K = [3.0, 2.0, 1.5, 1.0, 0.5, 0.2]
+    spectrum = describe_spectrum(values_K, 40.0, coordinates_NK, np.square(coordinates_NK).sum(axis=1) * 2)
+    run.write_json("sketch/spectrum.json", {"rank": 6, "dimension": 1000, "examples": 40} | spectrum)
     write_adapter(run, "generalist", model_dir, 1)
     if single_lora:
         write_adapter(run, "single_lora", model_dir, 2)

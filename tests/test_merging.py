@@ -165,14 +165,15 @@ def test_a_saved_merge_is_the_merge_in_memory(store, shrink):
     sketches[0].merge(sketches[1])
     u_NK, r_KD, _ = assembled(store, root)
     assert record.rows == 12
-    assert torch.allclose(r_KD.float(), sketches[0].carried_rows, atol=1e-6)
-    assert torch.allclose(u_NK, sketches[0].carried_coordinates, atol=1e-8)
+    # The saved one takes the rows of each child to be orthogonal, which they are to the rounding of float32.
+    assert torch.allclose(r_KD.float(), sketches[0].carried_rows, atol=2e-6)
+    assert torch.allclose(u_NK, sketches[0].carried_coordinates, atol=1e-6)
     assert record.energy_captured == pytest.approx(sketches[0].energy.captured)
     assert record.shrunk == pytest.approx(sketches[0].shrunk)
     assert (record.shrunk > 0) == (shrink != "none")
     if shrink != "none":
         weights = open_sketch(store, root.folder).tensors(TURN)["weights"]
-        assert torch.allclose(weights, sketches[0].weights, atol=1e-8)
+        assert torch.allclose(weights, sketches[0].weights, atol=1e-6)
 
 
 def test_how_the_work_is_cut_does_not_change_a_bit(store, tmp_path, monkeypatch):

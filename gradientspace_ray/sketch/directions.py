@@ -39,6 +39,14 @@ def gram(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     return (upper_SS + upper_SS.triu(1).T).cpu()
 
 
+def products(first_KD: torch.Tensor, second_MD: torch.Tensor) -> torch.Tensor:
+    """Inner products of the rows of one matrix with those of another, [K, M] float64 on the CPU."""
+    products_KM = first_KD.new_zeros(first_KD.shape[0], second_MD.shape[0], dtype=torch.float64)
+    for block in _stacked_blocks([first_KD, second_MD], torch.float64):
+        products_KM.addmm_(block[: first_KD.shape[0]], block[first_KD.shape[0] :].T)
+    return products_KM.cpu()
+
+
 def row_squares(rows_BD: torch.Tensor, slices_P: Sequence[slice]) -> torch.Tensor:
     """Squared norms of the parts of each row, [P, B] float64 on the device of the rows."""
     squares_PB = rows_BD.new_zeros(len(slices_P), rows_BD.shape[0], dtype=torch.float64)

@@ -31,7 +31,7 @@ from gradientspace_ray.sketch.columns import (
     save_block,
     save_record,
 )
-from gradientspace_ray.sketch.directions import gram, rotate, shrunk_directions, top_directions
+from gradientspace_ray.sketch.directions import gram, products, rotate, shrunk_directions, top_directions
 from gradientspace_ray.sketch.refinement import refined_directions
 from gradientspace_ray.sketch.tree import ROOT, Node
 
@@ -71,17 +71,23 @@ def parts_of(record: SketchRecord) -> list[list[str]]:
 
 
 def part_gram(store: Store, node: Node, part: int) -> torch.Tensor:
-    """A part's share in the Gram matrix of the children's rows, [S, S] float64; for a sum, which needs none, empty.
+    """A part's share of what `solve` needs of the rows' inner products, float64.
+
+    For a merge, the products of one child's rows with the other's, [K, K']: those of a child's own are orthogonal, and
+    their norms are its singular values. For a refinement, the Gram matrix of the sums, [K, K]. For a sum, nothing.
 
     Raises:
         SketchError: a child is missing or damaged.
     """
-    if node.method == "sum":
-        return torch.zeros(0, 0, dtype=torch.float64)
     children = open_children(store, node)
-    return torch.stack(
-        [gram([child.block(block) for child in children]) for block in parts_of(children[0].record)[part]]
-    ).sum(dim=0)
+    blocks = parts_of(children[0].record)[part]
+    if node.method == "sum" or (node.method == "merge" and len(children) == 1):
+        for child in children:
+            child.check(blocks)
+        return torch.zeros(0, 0, dtype=torch.float64)
+    if node.method == "refine":
+        return sum_of([gram([children[0].block(block)]) for block in blocks])
+    return sum_of([products(*(child.block(block) for child in children)) for block in blocks])
 
 
 def solve(store: Store, node: Node, grams: Sequence[torch.Tensor]) -> SketchRecord:
@@ -106,10 +112,12 @@ def solve(store: Store, node: Node, grams: Sequence[torch.Tensor]) -> SketchReco
     elif node.method == "refine":
         directions_SK, singular_values_K = refined_directions(sum_of(grams), _projections_gram(store, node), like.rank)
     elif like.shrink == "none":
-        directions_SK, singular_values_K = top_directions(sum_of(grams), carried)
+        directions_SK, singular_values_K = top_directions(_stacked_gram(records, grams), carried)
     else:
         weights_SS = torch.block_diag(*(_small(child)["weights"] for child in children))
-        directions_SK, singular_values_K, weights_KK, delta = shrunk_directions(sum_of(grams), carried, weights_SS)
+        directions_SK, singular_values_K, weights_KK, delta = shrunk_directions(
+            _stacked_gram(records, grams), carried, weights_SS
+        )
         shrunk, weights = shrunk + delta, {"weights": weights_KK}
     if node.folder == ROOT:
         directions_SK, singular_values_K = directions_SK[:, : like.rank], singular_values_K[: like.rank]
@@ -188,6 +196,18 @@ def _coordinates(store: Store, node: Node, turned_KR: torch.Tensor) -> Iterator[
 
 def _small(saved: SavedSketch) -> dict[str, torch.Tensor]:
     return saved.tensors(COORDINATES if COORDINATES in saved.record.files else TURN)
+
+
+def _stacked_gram(records: Sequence[SketchRecord], grams: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[S, S], out of the products of one child's rows with the other's."""
+    squares_S = torch.tensor(
+        [value for record in records for value in record.singular_values], dtype=torch.float64
+    ).square()
+    stacked_SS, kept = torch.diag(squares_S), records[0].rows
+    if len(records) == 2:
+        products_KK = sum_of(grams)
+        stacked_SS[:kept, kept:], stacked_SS[kept:, :kept] = products_KK, products_KK.T
+    return stacked_SS
 
 
 def _projections_gram(store: Store, node: Node) -> torch.Tensor:

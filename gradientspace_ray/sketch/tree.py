@@ -12,6 +12,8 @@ from typing import Literal
 Method = Literal["merge", "sum", "refine"]
 LEAVES, MERGED = "sketch/shards", "sketch/merged"
 ROOT = "sketch/rows"
+QUARANTINE = "sketch/quarantine"
+"""Why shards have failed, a file for each."""
 BASIS = "sketch/basis"
 """The sketch of the first pass, while a second one refines it."""
 

@@ -33,14 +33,11 @@ from gradientspace_ray.run import RunDirectory, digest_of
 from gradientspace_ray.sketch.columns import is_committed, open_sketch, save_sketch, save_sums
 from gradientspace_ray.sketch.online_svd import NonFiniteRowError, OnlineSVD
 from gradientspace_ray.sketch.refinement import Refinement
-from gradientspace_ray.sketch.tree import BASIS, LEAVES
-from gradientspace_ray.stages.progress import POLL_INTERVAL_S, on_this_node
+from gradientspace_ray.sketch.tree import BASIS, LEAVES, QUARANTINE
+from gradientspace_ray.stages.progress import MERGE_SHARE, POLL_INTERVAL_S, on_this_node
 
 LINE = "gradients"
 EXAMPLES = "examples/train.parquet"
-QUARANTINE = "sketch/quarantine"
-MERGE_SHARE = 0.1
-"""Of a worker's CPUs, left for the merges that go on meanwhile."""
 
 
 class ShardError(RuntimeError):

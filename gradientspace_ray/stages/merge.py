@@ -30,6 +30,7 @@ from gradientspace_ray.sketch.tree import (
     BASIS,
     LEAVES,
     MERGED,
+    QUARANTINE,
     ROOT,
     Node,
     merge_tree,
@@ -37,13 +38,10 @@ from gradientspace_ray.sketch.tree import (
     refinement_tree,
     to_read,
 )
-from gradientspace_ray.stages.progress import counts_of
+from gradientspace_ray.stages.progress import MERGE_SHARE, counts_of
 
 LINE = "shards"
 SPECTRUM = "sketch/spectrum.json"
-QUARANTINE = "sketch/quarantine"
-CPUS = 0.1
-"""Of a merge, and what the extraction's actors leave free; it reads and writes most of the time."""
 DEATHS = 20
 """Workers that may die of one task: one dies with every machine that is lost."""
 SMALL_FILES_PER_TASK = 64
@@ -106,9 +104,14 @@ def finish(recipe: Recipe, run: RunDirectory, board: Any, leaves: Sequence[str],
         board: holds the times of the stage.
         leaves: names of all shards of the first pass.
         root: of the last tree, complete.
+
+    Raises:
+        RunError: there is nothing to keep.
     """
     with _counted(board):
         record = open_sketch(run, root.folder).record
+        if not record.rows:
+            raise RunError(f"all gradients are zero; look at the answers in {run.path('examples')}")
         ids: list[str] = []
         coordinates_NK = np.empty((record.examples, record.rows), dtype=np.float32)
         row_energies_N = np.empty(record.examples)
@@ -128,7 +131,11 @@ def finish(recipe: Recipe, run: RunDirectory, board: Any, leaves: Sequence[str],
 def is_finished(recipe: Recipe, run: RunDirectory, leaves: Sequence[str]) -> bool:
     """Whether `finish` has been here with the same shards."""
     has_all = all(run.exists(name) for name in (SPECTRUM, "sketch/coordinates.parquet", f"{ROOT}/{RECORD}"))
-    return has_all and run.read_json(SPECTRUM).get("plan") == _plan_digest(recipe, leaves)
+    if not has_all:
+        return False
+    spectrum = run.read_json(SPECTRUM)
+    bad = spectrum.get("shards_skipped") and recipe.gradients.on_bad_shard == "stop"
+    return spectrum.get("plan") == _plan_digest(recipe, leaves) and not bad
 
 
 def clear(run: RunDirectory, board: Any) -> Summary:
@@ -192,7 +199,10 @@ class _Merging:
 
     def _submit(self, node: Node, like: SketchRecord) -> None:
         """Grams of all parts -> directions -> the parts turned -> commit; each task waits for those before it."""
-        options: dict[str, Any] = {"num_cpus": CPUS * self._recipe.compute.cpus_per_worker, "max_retries": DEATHS}
+        options: dict[str, Any] = {
+            "num_cpus": MERGE_SHARE * self._recipe.compute.cpus_per_worker,
+            "max_retries": DEATHS,
+        }
         options["scheduling_strategy"] = "SPREAD"
         self._board.owe.remote(node.name)
         place, parts = (self._run.uri, self._board, node), range(len(parts_of(like)))
@@ -298,7 +308,7 @@ def _prepare(recipe: Recipe, run: RunDirectory, board: Any, root: Node) -> list[
     jobs = [[job] for job in files]
     small = [(node.folder, small_files(saved.record(node))) for node in there]
     jobs += [small[start : start + SMALL_FILES_PER_TASK] for start in range(0, len(small), SMALL_FILES_PER_TASK)]
-    task = _damaged.options(num_cpus=CPUS * recipe.compute.cpus_per_worker, max_retries=DEATHS)
+    task = _damaged.options(num_cpus=MERGE_SHARE * recipe.compute.cpus_per_worker, max_retries=DEATHS)
     damaged = {folder for found in ray.get([task.remote(run.uri, job) for job in jobs]) for folder in found}
     board.count.remote(damaged=len(damaged))
     for folder in damaged:

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LOG_INTERVAL_S = 10.0
 POLL_INTERVAL_S = 0.5
+MERGE_SHARE = 0.1
+"""Of a worker's CPUs: what extraction leaves to the merges that go on meanwhile, and what one of them asks for."""
 
 
 class Bars:

@@ -363,11 +363,13 @@ def _spectrum(found: Findings) -> Section | None:
     spectrum = found.spectrum
     if not spectrum or not spectrum["singular_values"]:
         return None
+    shares = spectrum["captured_share_of_example"]["quantiles"]
     return Section(
         "spectrum",
         "What the sketch kept",
         f"{spectrum['examples']} gradients of {spectrum['dimension']:,} numbers each went into a sketch of "
-        f"{len(spectrum['singular_values'])} directions, which holds {spectrum['captured_share']:.1%} of their energy.",
+        f"{len(spectrum['singular_values'])} directions, which holds {spectrum['captured_share']:.1%} of their energy, "
+        f"and of most gradients {shares['0.05']:.0%} to {shares['0.95']:.0%}.",
         (
             Figure(
                 "Spectrum of the gradients",
