@@ -1,10 +1,10 @@
 """Merge made-up sketches of shards as the gradient stage does, to see what it takes beyond this machine's models.
 
 The sketches are saved by the functions that a run uses, in its format, and merged by the function that it uses. Their
-rows are random, made block by block, each sketch just before it is needed; two siblings are merged as soon as both are
-there, and their blocks removed. A sketch is of exactly as many gradients as it has rows (its coordinates are the
-identity), so its ledger is exact, and that of the root is checked: it holds no more than there was, its rows have the
-norms that its record says, and its coordinates are orthonormal.
+rows are random and orthogonal, made block by block, each sketch just before it is needed; two siblings are merged as
+soon as both are there, and their blocks removed. A sketch is of exactly as many gradients as it has rows (its
+coordinates are the identity), so its ledger is exact, and that of the root is checked: it holds no more than there was,
+its rows have the norms that its record says, and its coordinates are orthonormal.
 
 Files are written and read through the page cache of one machine; a shared file system or an object store is slower.
 """
@@ -197,14 +197,17 @@ def _from_below(node: Node) -> Iterator[tuple[int, Node]]:
 
 
 def write_sketch(store: CountingStore, node: Node, seed: int, dimension: int, rows: int, dtype: str) -> None:
-    """Save a sketch of random, nearly orthogonal rows of falling length."""
-    lengths_K = torch.linspace(1.5, 0.5, rows) * math.sqrt(3 / dimension)
+    """Save a sketch of random, orthogonal rows of falling length."""
+    lengths_K = torch.linspace(1.5, 0.5, rows)
     squares_K = torch.zeros(rows, dtype=torch.float64)
     files = {}
     for index, columns in enumerate(column_blocks(dimension, BLOCK_COLUMNS)):
         generator = torch.Generator().manual_seed(seed << 20 | index)
-        block_KC = torch.empty(rows, columns.stop - columns.start).uniform_(-1, 1, generator=generator)
-        block_KC = block_KC.mul_(lengths_K[:, None]).to(getattr(torch, dtype))
+        width = columns.stop - columns.start
+        random_CK = torch.empty(width, rows).uniform_(-1, 1, generator=generator)
+        block_KC = torch.linalg.qr(random_CK).Q.T * lengths_K[: min(rows, width), None] * math.sqrt(width / dimension)
+        # A last block that is narrower than there are rows has none for the shortest.
+        block_KC = torch.nn.functional.pad(block_KC, (0, 0, 0, rows - block_KC.shape[0])).to(getattr(torch, dtype))
         squares_K += torch.linalg.vector_norm(block_KC, dim=1).double().square()
         name = f"block-{index:05d}.safetensors"
         files[name] = save_block(store, node.folder, name, {"rows": block_KC})
