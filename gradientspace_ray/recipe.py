@@ -105,8 +105,9 @@ class GradientsSection(Section):
     """Type of the buffer of gradients that the sketch absorbs at once."""
     checkpointing: bool = False
     """Keep less for the backward pass, at the price of a second forward pass, for models that do not fit otherwise."""
-    examples_per_shard: Positive = 256
-    """Examples in one shard, the unit of work, retry and commit."""
+    examples_per_shard: Positive = 512
+    """Examples in one shard, the unit of work, retry and commit: the more, the less there is to merge, and to keep the
+    workers busy with."""
     tokens_per_batch: Positive | Literal["auto"] = "auto"
     """Tokens in one forward and backward pass; `auto` is as many as fit into memory and are of use."""
     workers: Positive = 2

@@ -23,20 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential_jitter
+
+from gradientspace_ray.retries import TRIES, insist
 
 MANIFEST = "manifest.json"
 COPIES = "gradientspace-fetched-"
 STAGING = ".staging"
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
-# pyarrow repeats each request to S3 for six seconds by itself: three tries are about 20 s. One that hangs takes a
-# hundred seconds, and is not tried again.
-TRIES, FIRST_WAIT_S, PATIENCE_S = 3, 1.0, 15.0
-# What pyarrow says of an object store's errors that stay as they are; lost connections and the like are the others.
-PERMANENT = re.compile(
-    r"(AWS Error |Status\()(ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|NO_SUCH_BUCKET|INVALID_|SIGNATURE_|MISSING_"
-    r"|UNRECOGNIZED_CLIENT|VALIDATION|\w+_EXPIRED|\w+_SKEWED)|HTTP status (3\d\d|40[0135])"
-)
 T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -153,15 +146,7 @@ class RunDirectory:
         return self._insist(self.filesystem.get_file_info, selector)
 
     def _insist(self, act: Callable[..., T], *args: Any, **options: Any) -> T:
-        """What `act` returns; on an object store it is done again, as a whole, when it fails in a way that may pass."""
-        if self.is_local:
-            return act(*args, **options)
-        return Retrying(
-            retry=retry_if_exception(_may_pass),
-            stop=stop_after_attempt(TRIES) | stop_after_delay(PATIENCE_S),
-            wait=wait_exponential_jitter(initial=FIRST_WAIT_S, jitter=FIRST_WAIT_S),
-            reraise=True,
-        )(act, *args, **options)
+        return act(*args, **options) if self.is_local else insist(act, *args, **options)
 
     def delete(self, name: str) -> None:
         """Remove a file or folder; nothing happens when it is missing, or goes meanwhile."""
@@ -190,20 +175,24 @@ class RunDirectory:
                 Path(folder, file).unlink(missing_ok=True)
 
     def read_bytes(self, name: str) -> bytes:
-        """Contents of a file.
+        """Contents of a file; MissingFileError when there is none."""
+        return bytes(self.read_view(name))
+
+    def read_view(self, name: str) -> memoryview:
+        """Contents of a large file, in memory that Arrow uses again: what the system gives, it has to clear first.
 
         Raises:
             MissingFileError: the file is missing.
         """
         try:
-            return self._insist(self._read, self.path(name))
+            return memoryview(self._insist(self._read, self.path(name)))
         except FileNotFoundError as error:
             raise MissingFileError(f"{self.path(name)} is missing; run the stage that makes it again") from error
 
-    def _read(self, path: str) -> bytes:
+    def _read(self, path: str) -> pa.Buffer:
         # Not as a stream, for which an object store is asked anew every 256 KiB.
         with self.filesystem.open_input_file(path) as file:
-            return file.read()
+            return file.read_buffer()
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Commit a file at once: readers see the old contents or the new, never a part."""
@@ -284,7 +273,7 @@ class RunDirectory:
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file as an Arrow table."""
-        return pq.read_table(pa.BufferReader(self.read_bytes(name)), columns=columns)
+        return pq.read_table(pa.BufferReader(self.read_view(name)), columns=columns)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Commit a Parquet file."""
@@ -367,12 +356,6 @@ class RunDirectory:
         manifest = self.manifest()
         manifest.stages[stage] = record
         self.write_json(MANIFEST, manifest.model_dump(mode="json"))
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error of an object store is one of the network's, or of a server that may get well."""
-    # pyarrow gives a number to errors of this machine, and to what is missing, and none to those of a store.
-    return type(error) is OSError and error.errno is None and not PERMANENT.search(str(error))
 
 
 @functools.cache

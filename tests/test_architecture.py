@@ -12,7 +12,8 @@ PACKAGE = "gradientspace_ray"
 NOUNS = {
     "recipe": set(),
     "errors": set(),
-    "run": set(),
+    "retries": set(),
+    "run": {"retries"},
     "lease": {"run"},
     "registry": {"run"},
     "examples": {"recipe"},

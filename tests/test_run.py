@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
 
-from gradientspace_ray import run as run_module
+from gradientspace_ray import retries
 from gradientspace_ray.run import MissingFileError, RunDirectory, RunError, StageRecord, digest_of
 
 MARKER = "training.json"
@@ -23,7 +23,7 @@ MARKER = "training.json"
 
 @pytest.fixture(autouse=True)
 def quick_tries(monkeypatch):
-    monkeypatch.setattr(run_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -109,7 +109,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(remote, monkeypa
     read, lengths = RunDirectory._read, [40, 10_000]
 
     def torn(self, path):
-        data = read(self, path)
+        data = read(self, path).to_pybytes()
         return data.ljust(lengths[-1], b"}")[: lengths.pop()] if lengths else data
 
     monkeypatch.setattr(RunDirectory, "_read", torn)

@@ -12,7 +12,7 @@ import pytest
 from flaky_proxy import FlakyProxy
 from pyarrow import fs
 
-from gradientspace_ray import run as run_module
+from gradientspace_ray import retries
 from gradientspace_ray.run import RunDirectory, RunError
 
 PARTS = "PUT .*partNumber"
@@ -23,7 +23,7 @@ DATA = os.urandom(4_000_000)
 
 @pytest.fixture(autouse=True)
 def quick_tries(monkeypatch):
-    monkeypatch.setattr(run_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_nothing_is_seen_of_a_write_that_never_gets_through(proxy, run, server, 
         with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION") as error:
             run.write_bytes(name, data)
         assert "\n" not in str(error.value)
-    assert proxy.cuts == 2 * run_module.TRIES
+    assert proxy.cuts == 2 * retries.TRIES
     assert server.read_bytes("old") == b"old"
     assert not server.exists("new")
     proxy.mend()
@@ -230,7 +230,7 @@ def test_what_is_forbidden_is_not_tried_again(proxy, patient, server, act):
 
 
 def test_a_bucket_that_is_not_there_is_not_waited_for(proxy, place, monkeypatch):
-    monkeypatch.setattr(run_module, "FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 60.0)
     run = RunDirectory(proxy.through(place).replace("s3://runs/", "s3://nowhere/"))
     with pytest.raises(OSError, match="NO_SUCH_BUCKET"):
         run.write_bytes("x", b"1")
@@ -240,7 +240,7 @@ def test_a_bucket_that_is_not_there_is_not_waited_for(proxy, place, monkeypatch)
 
 
 def test_errors_of_this_machine_are_not_waited_for(run, monkeypatch):
-    monkeypatch.setattr(run_module, "FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 60.0)
     run.write_bytes("x", b"1")
 
     def full(*_, **__):

@@ -43,7 +43,7 @@ class SketchError(ValueError):
 class Store(Protocol):
     """Where sketches are saved; a `RunDirectory` is one. Folders and files have names with `/`."""
 
-    def read_bytes(self, name: str) -> bytes:
+    def read_view(self, name: str) -> memoryview:
         """Contents of a file; FileNotFoundError when it is missing."""
         ...
 
@@ -134,7 +134,7 @@ class SavedSketch(NamedTuple):
     def _views(self, name: str, check: bool = True) -> dict[str, torch.Tensor]:
         place = f"{self.folder}/{name}"
         try:
-            data = self.store.read_bytes(place)
+            data = self.store.read_view(place)
         except FileNotFoundError as error:
             raise SketchError(f"{place} is missing; {MEND}") from error
         if name not in self.record.files:
@@ -177,7 +177,7 @@ def open_sketch(store: Store, folder: str) -> SavedSketch:
     """
     place = f"{folder}/{RECORD}"
     try:
-        return SavedSketch(store, folder, SketchRecord.model_validate_json(store.read_bytes(place)))
+        return SavedSketch(store, folder, SketchRecord.model_validate_json(bytes(store.read_view(place))))
     except FileNotFoundError as error:
         raise SketchError(f"{place} is missing; {MEND}") from error
     except ValidationError as error:
@@ -336,7 +336,7 @@ def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
 
 
-def decode(data: bytes) -> dict[str, torch.Tensor]:
+def decode(data: bytes | memoryview) -> dict[str, torch.Tensor]:
     """Tensors of a file that `encode` made: views of `data`, not to be written to."""
     start = 8 + int.from_bytes(data[:8], "little")
     types = {name: dtype for dtype, name in NAMES.items()}
@@ -345,11 +345,11 @@ def decode(data: bytes) -> dict[str, torch.Tensor]:
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return {
             name: _view(data, types[facts["dtype"]], facts["shape"], start + facts["data_offsets"][0])
-            for name, facts in json.loads(data[8:start]).items()
+            for name, facts in json.loads(bytes(data[8:start])).items()
         }
 
 
-def _view(data: bytes, dtype: torch.dtype, shape: Sequence[int], offset: int) -> torch.Tensor:
+def _view(data: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int], offset: int) -> torch.Tensor:
     count = math.prod(shape)
     # PyTorch makes no view of nothing.
     flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)

@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=_positive, default=64, metavar="K", help="directions; default: 64")
     carried = "rows that the online SVD carries beyond these; default: as many more"
     parser.add_argument("--oversampling", type=int, metavar="P", help=carried)
-    parser.add_argument("--shard-size", type=_positive, default=256, metavar="N", help="examples; default: 256")
+    parser.add_argument("--shard-size", type=_positive, default=512, metavar="N", help="examples; default: 512")
     parser.add_argument("--methods", type=_methods, default=[*METHODS], metavar="A,B", help=", ".join(METHODS))
     cache = "keep the gradients there, and what they took in FILE.json; when it is there, they are not made again"
     parser.add_argument("--cache", type=Path, metavar="FILE", help=cache)

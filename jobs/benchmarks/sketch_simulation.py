@@ -86,9 +86,9 @@ class CountingStore:
         self._held: dict[str, int] = {}
         self.read = self.written = self.held = self.peak = 0
 
-    def read_bytes(self, name: str) -> bytes:
+    def read_view(self, name: str) -> memoryview:
         """See `Store`."""
-        data = self._run.read_bytes(name)
+        data = self._run.read_view(name)
         self.read += len(data)
         return data
 
