@@ -35,7 +35,7 @@ REPORTED_PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "sciki
 SPEED_SETTINGS = {
     "experts": {"max_concurrent", "tokens_per_batch"},
     "warmup": {"tokens_per_batch"},
-    "gradients": {"tokens_per_batch", "workers", "checkpointing"},
+    "gradients": extract.SPEED_SETTINGS,
     "evaluate": {"tokens_per_batch", "workers"},
 }
 
@@ -230,7 +230,7 @@ def run_pipeline(
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with Lease(run) as lease, _noticing_interrupts() as check_interrupts:
         run.write_bytes("recipe.yaml", dump_recipe(recipe).encode())
-        run.delete(".staging")
+        run.sweep()
         _mark_stale(recipe, run, again)
         for stage in chosen:
             digest = stage_digest(stage, recipe, run)

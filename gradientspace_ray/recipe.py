@@ -126,10 +126,10 @@ class SketchSection(Section):
     """Rows carried beyond `rank` until the end; null: as many more, which brings one pass within a percent or so of the
     exact SVD."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the rows, in memory and on disk."""
+    """Type of the rows, in memory and on disk; with `refine`, what the second pass sums and ends with is float32."""
     shrink: Literal["none", "frequent_directions"] = "none"
-    """`none` keeps the largest directions at every step, and usually the most energy; `frequent_directions` bounds the
-    error in advance, whatever the data and their order."""
+    """`none` keeps the largest directions at every step, and usually the most energy; `frequent_directions`, with
+    `refine`, bounds the error in advance, whatever the data and their order."""
     refine: bool = False
     """Go through all gradients once more, which brings the sketch close to the exact SVD and doubles the time."""
 

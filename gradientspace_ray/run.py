@@ -29,6 +29,8 @@ from gradientspace_ray.retries import TRIES, insist
 MANIFEST = "manifest.json"
 COPIES = "gradientspace-fetched-"
 STAGING = ".staging"
+CONNECTIONS = 16
+"""Requests to an object store at once."""
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -148,9 +150,11 @@ class RunDirectory:
     def _insist(self, act: Callable[..., T], *args: Any, **options: Any) -> T:
         return act(*args, **options) if self.is_local else insist(act, *args, **options)
 
-    def delete(self, name: str) -> None:
-        """Remove a file or folder; nothing happens when it is missing, or goes meanwhile."""
-        self._insist(self._delete, self.path(name))
+    def delete(self, *names: str) -> None:
+        """Remove files or folders; nothing happens when one is missing, or goes meanwhile."""
+        paths = [self.path(name) for name in names]
+        with ThreadPoolExecutor(1 if self.is_local else CONNECTIONS) as pool:
+            list(pool.map(lambda path: self._insist(self._delete, path), paths))
 
     def _delete(self, path: str) -> None:
         while (info := self.filesystem.get_file_info(path)).type != fs.FileType.NotFound:

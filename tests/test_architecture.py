@@ -33,6 +33,8 @@ MAY_IMPORT = (
     | {f"stages.{stage}": {*NOUNS, "stages.progress"} for stage in STAGES}
     | {
         "stages.progress": set(),
+        "stages.repair": {*NOUNS, "stages.progress"},
+        "stages.merge": {*NOUNS, "stages.progress", "stages.repair"},
         "serving": {"registry", "run", "examples", "router", "engine", "models"},
         "pipeline": {
             "recipe",

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_online_svd import SHRINKS, check_bounds, check_identities, flat_rows, random_rows
 
-from gradientspace_ray.sketch.directions import gram, rotate, shrunk_directions
+from gradientspace_ray.sketch.directions import blocks_of, gram, rotate, shrunk_directions
 from gradientspace_ray.sketch.online_svd import OnlineSVD
+from gradientspace_ray.sketch.refinement import Refinement
 
 SIZES = [(4, 0), (2, 2)]
 """Rows shown, and rows carried beside them."""
@@ -197,3 +198,31 @@ def test_products_are_in_full_float32_whatever_the_process_allows(precision, cho
     before = precision()
     assert torch.equal(rotate(matrices, weights_SK), expected_KD)
     assert precision() == before
+
+
+def test_autocast_changes_no_bit_of_a_sketch_its_merge_and_a_second_pass():
+    rows_ND = random_rows(60, 5000, 0, decay=0.95)
+
+    def results():
+        sketch, other = OnlineSVD(6), OnlineSVD(6)
+        # What fits, what does not, and rows that wait to be turned when they are merged.
+        for of, part_ND in ((sketch, rows_ND[:7]), (sketch, rows_ND[7:50]), (other, rows_ND[50:])):
+            of.update(part_ND, normalise=True, parts=[slice(0, 3000), slice(3000, 5000)])
+        updated = [sketch.carried_rows.clone(), sketch.carried_coordinates, sketch.row_energies]
+        sketch.merge(other)
+        passed = Refinement(sketch.carried_rows)
+        passed.update(rows_ND, normalise=True)
+        merged = [sketch.carried_rows, sketch.carried_coordinates, sketch.carried_singular_values]
+        return [*updated, *merged, passed.sums, passed.projections, passed.row_energies]
+
+    expected = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = results()
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_blocks_are_wide_on_every_device_but_a_processor():
+    for device, counts in (("cpu", (129, 17)), ("meta", (3, 3))):
+        matrix_SD = torch.empty(0, 2**18 + 1, device=device)
+        assert (len(blocks_of(matrix_SD)), len(blocks_of(matrix_SD, 2**14))) == counts

@@ -20,6 +20,7 @@ from gradientspace_ray.sketch.columns import open_sketch
 from gradientspace_ray.sketch.merging import merge_saved
 from gradientspace_ray.sketch.tree import merge_tree
 from gradientspace_ray.stages import extract as extract_stage
+from gradientspace_ray.stages import merge as merge_stage
 from gradientspace_ray.stages.progress import watched_board
 
 COUNT = 22
@@ -82,6 +83,10 @@ def flip(run, name):
     data = bytearray(run.read_bytes(name))
     data[-1] ^= 1
     run.write_bytes(name, bytes(data))
+
+
+def cut(run, name):
+    run.write_bytes(name, run.read_bytes(name)[:-8])
 
 
 @pytest.fixture(scope="module")
@@ -189,37 +194,81 @@ def test_a_stage_that_was_killed_goes_on_where_it_stood(ray_cluster, tiny_model_
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_damage_of_before_is_found_and_made_good(ray_cluster, tiny_model_dir, tmp_path, undisturbed, merged):
+def test_damage_of_before_is_found_and_made_good(ray_cluster, tiny_model_dir, tmp_path, undisturbed, merged, capfd):
     run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir)
     names, pair = left_behind(recipe, run)
+    shards = [f"sketch/shards/{name}" for name in names]
     if merged:
         flip(run, f"{pair.folder}/block-00000.safetensors")
+        expected, place = (1, 2, 4), pair.folder
     else:
-        flip(run, f"sketch/shards/{names[3]}/block-00000.safetensors")
-        flip(run, f"sketch/shards/{names[1]}/coordinates.safetensors")
+        run.delete(f"{shards[0]}/coordinates.safetensors")
+        cut(run, f"{shards[1]}/coordinates.safetensors")
+        flip(run, f"{shards[2]}/block-00000.safetensors")
+        cut(run, f"{shards[3]}/block-00000.safetensors")
+        cut(run, f"{shards[4]}/sketch.json")
+        expected, place = (5, 5, 3), shards[2]
     summary = gradients(recipe, run)
-    assert summary.counts["sketches_damaged"] == (1 if merged else 2)
-    assert (summary.counts["shards_made"], summary.counts["merges"]) == ((2, 4) if merged else (2, 3))
+    assert tuple(summary.counts[key] for key in ("sketches_damaged", "shards_made", "merges")) == expected
+    assert f"{expected[0]} damaged sketches were made again" in summary.made
+    assert f"damaged: {expected[0]}/{expected[0]} {place}" in capfd.readouterr().err
     assert results(run) == undisturbed
 
 
-def test_damage_between_commit_and_merge_is_made_good_at_once(
-    ray_cluster, tiny_model_dir, tmp_path, undisturbed, monkeypatch
-):
-    run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir)
+def test_damage_between_commit_and_merge_stops_nothing(ray_cluster, tiny_model_dir, tmp_path, monkeypatch):
+    """A worker waits while merges wait, and those above the damaged sketch are not made."""
+    run = new_run(tmp_path / "run", tiny_model_dir)
     extract, flipped = extract_stage.extract, []
 
     def with_damage(*arguments, **options):
         for name in extract(*arguments, **options):
-            if name.startswith("00002") and not flipped:
+            if name.startswith("00001") and not flipped:
                 flipped.append(name)
                 flip(run, f"sketch/shards/{name}/block-00000.safetensors")
             yield name
 
     monkeypatch.setattr(extract_stage, "extract", with_damage)
-    summary = gradients(recipe, run)
+    summary = gradients(recipe_for(tiny_model_dir, workers=1, examples_per_shard=1), run)
     assert summary.counts["sketches_damaged"] == 1
-    assert summary.counts["shards_made"] == 6
+    assert summary.counts["shards_made"] == COUNT + 1
+    assert summary.counts["captured_share"] == pytest.approx(1, abs=1e-5)
+
+
+def test_merges_that_fail_for_ever_say_why(ray_cluster, tiny_model_dir, tmp_path):
+    run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir, retries=0, workers=1)
+    pair = merge_tree([shard.name for shard in shards_of(recipe, run)]).children[0].children[0]
+    # Where its folder should be.
+    run.write_bytes(pair.folder, b"")
+    with pytest.raises(RunError, match=rf"sketch could not be merged in 2 tries: .*{pair.name}") as caught:
+        gradients(recipe, run)
+    assert str(caught.value) == one_line(caught.value)
+    assert len(run.names("sketch/shards")) == 5
+
+
+def die_at_the_end(recipe, run, monkeypatch):
+    """Merge all, and leave the last step undone."""
+
+    def die(*_):
+        raise OSError("killed")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(merge_stage, "finish", die)
+        with pytest.raises(OSError, match="killed"):
+            gradients(recipe, run)
+
+
+def test_what_another_recipe_left_is_not_taken_for_this_one_s(
+    ray_cluster, tiny_model_dir, tmp_path, undisturbed, monkeypatch
+):
+    run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir)
+    die_at_the_end(recipe, run, monkeypatch)
+    leaves = [shard.name for shard in shards_of(recipe, run)]
+    flip(run, f"sketch/shards/{leaves[1]}/coordinates.safetensors")
+    flip(run, "sketch/rows/block-00000.safetensors")
+    assert gradients(recipe, run).counts["sketches_damaged"] == 2
+    assert results(run) == undisturbed
+    die_at_the_end(recipe_for(tiny_model_dir, sketch={"rank": 4}), run, monkeypatch)
+    assert gradients(recipe, run).counts["shards_made"] == 5
     assert results(run) == undisturbed
 
 
@@ -292,6 +341,11 @@ def test_a_shard_that_kills_its_worker_is_bad(ray_cluster, tiny_model_dir, tmp_p
         gradients(recipe, run)
     assert (tmp_path / "run/deaths").read_text() == "xx"
     assert len(run.names("sketch/shards")) == 4
+    # Where it does not, the shard is a good one again.
+    monkeypatch.undo()
+    assert len(run.names("sketch/quarantine")) == 1
+    extract_all(recipe, run)
+    assert run.names("sketch/quarantine") == []
 
 
 def test_one_shard(ray_cluster, tiny_model_dir, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gradientspace_ray.gradients.layout import Column
 from gradientspace_ray.gradients.per_sample import normalise as normalised_gradients
 from gradientspace_ray.sketch import online_svd
+from gradientspace_ray.sketch.directions import blocks_of
 from gradientspace_ray.sketch.online_svd import NonFiniteRowError, OnlineSVD
 
 SHRINKS = ("none", "frequent_directions")
@@ -284,7 +285,7 @@ def test_blocks_of_columns_do_not_change_the_result(monkeypatch):
     rows_ND = random_rows(30, 100, 3)
     whole, blocked = OnlineSVD(8), OnlineSVD(8)
     whole.update(rows_ND, normalise=True)
-    monkeypatch.setattr(online_svd.column_blocks, "__defaults__", (7,))
+    monkeypatch.setattr(blocks_of, "__defaults__", (7,))
     monkeypatch.setattr(online_svd, "TURNED_AT_ONCE", 17)
     blocked.update(rows_ND, normalise=True)
     assert torch.allclose(whole.carried_rows, blocked.carried_rows, atol=1e-6)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradientspace_ray.sketch import online_svd, refinement
-from gradientspace_ray.sketch.directions import gram, rotate
+from gradientspace_ray.sketch import refinement
+from gradientspace_ray.sketch.directions import blocks_of, gram, rotate
 from gradientspace_ray.sketch.online_svd import NonFiniteRowError, OnlineSVD
 from gradientspace_ray.sketch.refinement import Refinement, refined_directions
 
@@ -271,7 +271,7 @@ def test_blocks_of_columns_and_of_rows_do_not_change_the_result(monkeypatch):
     parts = [slice(0, 33), slice(33, 100)]
     whole, blocked = Refinement(basis_KD), Refinement(basis_KD)
     whole.update(rows_ND, normalise=True, parts=parts)
-    monkeypatch.setattr(online_svd.column_blocks, "__defaults__", (7,))
+    monkeypatch.setattr(blocks_of, "__defaults__", (7,))
     monkeypatch.setattr(refinement, "ROWS_AT_ONCE", 9)
     monkeypatch.setattr(refinement, "TURNED_AT_ONCE", 17)
     blocked.update(rows_ND, normalise=True, parts=parts)

@@ -125,6 +125,15 @@ def test_the_share_of_the_stage_is_what_was_measured(report: dict) -> None:
     assert 1 > equal[0] > equal[1] > equal[2] > 0
 
 
+def test_multiply_adds_are_those_of_what_is_appended_absorbed_and_turned_in_the_end(benchmark) -> None:
+    multiply_adds = benchmark.multiply_adds
+    # 8 rows beside none, 8 beside 8; then 4 beside 16, of which 16 are kept.
+    assert multiply_adds(20, 8, 16) == 2 * 8 + 2 * 8 + (20 / 2 + 16) * 20
+    # All fit, and are turned to as many.
+    assert multiply_adds(16, 8, 16) == 2 * 8 + 2 * 8 + (16 / 2 + 16) * 16
+    assert multiply_adds(3, 8, 16) == 2 * 3 + (3 / 2 + 3) * 3
+
+
 def test_gradients_that_are_there_are_not_made_again(
     benchmark, report: dict, options: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +171,16 @@ def test_a_simulation_merges_every_level(simulation: dict, folder: Path) -> None
             assert level["seconds"] > 0
     assert 0 < simulation["peak_rss_mb"] < 1000 * simulation["memory_limit_gb"]
     assert not list(folder.glob("sketch-simulation-*"))
+
+
+def test_tables_are_printed_where_no_file_is_wanted(
+    benchmark, simulation: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "simulated", lambda options: simulation)
+    benchmark.main(["--simulate", "--threads", "1"])
+    assert f"{SHARDS} sketches of {ROWS} x 150000" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_large_run_is_worked_out_from_the_pair(simulation: dict) -> None:

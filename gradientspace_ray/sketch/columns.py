@@ -30,7 +30,9 @@ from gradientspace_ray.sketch.refinement import Refinement
 BLOCK_COLUMNS = 2**17
 RECORD, COORDINATES, TURN = "sketch.json", "coordinates.safetensors", "turn.safetensors"
 MEND = "delete the folder and run the gradients stage again"
-CONNECTIONS = 4
+CONNECTIONS = 16
+"""Small files that are read at once."""
+BLOCKS_AT_ONCE = 4
 """Blocks that are written at once: an object store's answer takes longer than a block's way to it."""
 RowsDtype = Literal["float32", "bfloat16"]
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -119,19 +121,23 @@ class SavedSketch(NamedTuple):
         # Aligned as PyTorch aligns, which products depend on.
         return {key: tensor.clone() for key, tensor in self._views(name).items()}
 
-    def block(self, name: str, check: bool = True) -> torch.Tensor:
+    def block(self, name: str) -> torch.Tensor:
         """The rows of a column block, [K, columns]; not to be written to.
-
-        Args:
-            name: of the file.
-            check: compare it with its checksum, as who reads it first must.
 
         Raises:
             SketchError: the file is missing, truncated or altered.
         """
-        return self._views(name, check)["rows"]
+        return self._views(name)["rows"]
 
-    def _views(self, name: str, check: bool = True) -> dict[str, torch.Tensor]:
+    def small(self) -> dict[str, torch.Tensor]:
+        """What it keeps when its rows have been merged: coordinates and row energies, or directions.
+
+        Raises:
+            SketchError: the file is missing, truncated or altered.
+        """
+        return self.tensors(COORDINATES if COORDINATES in self.record.files else TURN)
+
+    def _views(self, name: str) -> dict[str, torch.Tensor]:
         place = f"{self.folder}/{name}"
         try:
             data = self.store.read_view(place)
@@ -142,7 +148,7 @@ class SavedSketch(NamedTuple):
         size_bytes, sha256 = self.record.files[name]
         if len(data) != size_bytes:
             raise SketchError(f"{place}: {len(data)} bytes where {size_bytes} were written; {MEND}")
-        if check and hashlib.sha256(data).hexdigest() != sha256:
+        if hashlib.sha256(data).hexdigest() != sha256:
             raise SketchError(f"{place}: the contents are not what was written; {MEND}")
         return decode(data)
 
@@ -198,8 +204,8 @@ def save_sketch(
     Args:
         store: where to.
         folder: name of the sketch's folder there.
-        sketch: at least one example. Rows in bfloat16 halve the files; R = U^T G then holds to 2^-9 of an entry, and
-            the ledger of a merge to about 1e-3.
+        sketch: at least one example. Rows in bfloat16 halve the files; along a tree of merges R = U^T G then holds to
+            about 3e-3 of ||G||, and the ledger to about 1e-4 of ||G||^2 where D is in the thousands or more.
         ids: one for each row of the coordinates.
         block_columns: columns in one file; sketches that are to be merged must agree.
         name: see `SketchRecord`.
@@ -376,7 +382,7 @@ def _save_leaf(
     def save_columns(block: tuple[str, slice]) -> SavedFile:
         return save_block(store, folder, block[0], {"rows": rows_KD[:, block[1]]})
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
+    with ThreadPoolExecutor(BLOCKS_AT_ONCE) as pool:
         files = dict(zip(blocks, pool.map(save_columns, blocks.items()), strict=True))
     files[COORDINATES] = save_block(store, folder, COORDINATES, tensors)
     record = SketchRecord(

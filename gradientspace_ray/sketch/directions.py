@@ -9,14 +9,23 @@ from contextlib import contextmanager
 import torch
 
 COLUMNS_AT_ONCE = 2**11
-"""Columns that are copied at once: a block of a few hundred rows then stays in the cache of a processor."""
+"""Columns that a processor copies at once: a block of a few hundred rows then stays in its cache."""
+COLUMNS_ON_ACCELERATOR = 2**17
+"""Columns that any other device copies or turns at once: it pays for each product that it is asked for, and not for the
+size of a copy. In float64, 256 rows of them are 268 MB."""
 STRIP_ROWS = 80
 """Rows of a Gram matrix that are computed at once, from the diagonal on; narrower strips cost more than they skip."""
 
 
-def column_blocks(width: int, columns: int = COLUMNS_AT_ONCE) -> list[slice]:
+def column_blocks(width: int, columns: int) -> list[slice]:
     """`width` columns cut into slices of `columns`, the last one shorter."""
     return [slice(start, min(start + columns, width)) for start in range(0, width, columns)]
+
+
+def blocks_of(matrix_SD: torch.Tensor, on_processor: int = COLUMNS_AT_ONCE) -> list[slice]:
+    """The columns of a matrix cut as its device likes them; `on_processor` at a time if that is a processor."""
+    columns = on_processor if matrix_SD.device.type == "cpu" else COLUMNS_ON_ACCELERATOR
+    return column_blocks(matrix_SD.shape[1], columns)
 
 
 def gram(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -65,8 +74,8 @@ def rotate(matrices: Sequence[torch.Tensor], weights_SK: torch.Tensor) -> torch.
     filled = [matrix for matrix in matrices if matrix.shape[0]]
     weights_KS = weights_SK.T.to(filled[0].device, torch.float32).contiguous()
     rotated = filled[0].new_empty(weights_KS.shape[0], filled[0].shape[1], dtype=torch.float32)
-    with _without_tf32():
-        for block, columns in zip(_stacked_blocks(filled, torch.float32), column_blocks(rotated.shape[1]), strict=True):
+    with _full_float32(rotated.device.type):
+        for block, columns in zip(_stacked_blocks(filled, torch.float32), blocks_of(rotated), strict=True):
             rotated[:, columns] = weights_KS @ block
     return rotated
 
@@ -76,9 +85,9 @@ def _stacked_blocks(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> Ite
 
     A copy is aligned as PyTorch aligns, so that products do not depend on where the matrices came to lie.
     """
-    total_rows, width = sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1]
-    scratch = matrices[0].new_empty(total_rows * min(width, COLUMNS_AT_ONCE), dtype=dtype)
-    for columns in column_blocks(width):
+    total_rows, blocks = sum(matrix.shape[0] for matrix in matrices), blocks_of(matrices[0])
+    scratch = matrices[0].new_empty(total_rows * (blocks[0].stop if blocks else 0), dtype=dtype)
+    for columns in blocks:
         size = columns.stop - columns.start
         block = scratch[: total_rows * size].view(total_rows, size)
         for matrix, rows in zip(matrices, block.split([len(matrix) for matrix in matrices]), strict=True):
@@ -87,14 +96,15 @@ def _stacked_blocks(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> Ite
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Full float32 products on GPUs and processors, whatever the process has allowed in whichever way."""
+def _full_float32(device_type: str) -> Iterator[None]:
+    """Full float32 products, whatever the process has allowed in whichever way; those of float64 need no guard."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     allowed = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast(device_type, enabled=False):
+            yield
     finally:
         for backend, precision in zip(backends, allowed, strict=True):
             backend.fp32_precision = precision

@@ -14,13 +14,15 @@ each child in memory. How the columns are cut depends on D alone, so the result 
 Shapes: N examples, K rows of a node, S rows of its children together.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
 from gradientspace_ray.sketch.columns import (
-    COORDINATES,
+    CONNECTIONS,
     TURN,
     SavedFile,
     SavedSketch,
@@ -114,7 +116,7 @@ def solve(store: Store, node: Node, grams: Sequence[torch.Tensor]) -> SketchReco
     elif like.shrink == "none":
         directions_SK, singular_values_K = top_directions(_stacked_gram(records, grams), carried)
     else:
-        weights_SS = torch.block_diag(*(_small(child)["weights"] for child in children))
+        weights_SS = torch.block_diag(*(child.small()["weights"] for child in children))
         directions_SK, singular_values_K, weights_KK, delta = shrunk_directions(
             _stacked_gram(records, grams), carried, weights_SS
         )
@@ -148,8 +150,7 @@ def turn(store: Store, node: Node, record: SketchRecord, part: int) -> dict[str,
     dtype = getattr(torch, record.dtype)
     files = {}
     for block in parts_of(children[0].record)[part]:
-        # The Gram matrix has seen these bytes, and their checksums.
-        rows = rotate([child.block(block, check=False) for child in children], directions_SK)
+        rows = rotate([child.block(block) for child in children], directions_SK)
         files[block] = save_block(store, node.folder, block, {"rows": rows.to(dtype)})
     return files
 
@@ -179,23 +180,36 @@ def coordinates_of(store: Store, root: Node) -> Iterator[Coordinates]:
     Raises:
         SketchError: a file is missing, truncated or altered.
     """
-    yield from _coordinates(store, root, torch.eye(open_sketch(store, root.folder).record.rows, dtype=torch.float64))
+    saved = open_sketch(store, root.folder)
+    branches = [(root, torch.eye(saved.record.rows, dtype=torch.float64))]
+    # An object store takes many requests at once: branches are walked side by side.
+    while len(branches) < CONNECTIONS and any(node.children for node, _ in branches):
+        branches = [below for node, turned_KR in branches for below in _below(store, node, turned_KR)]
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for found in pool.map(lambda branch: list(_coordinates(store, *branch)), branches):
+            yield from found
 
 
 def _coordinates(store: Store, node: Node, turned_KR: torch.Tensor) -> Iterator[Coordinates]:
     """`turned_KR` takes coordinates in the node's rows to those in the root's."""
-    saved = open_sketch(store, node.folder)
-    small = _small(saved)
     if not node.children:
+        saved = open_sketch(store, node.folder)
+        small = saved.small()
         yield Coordinates(saved.record.ids, small["coordinates"] @ turned_KR, small["row_energies"])
         return
+    for below in _below(store, node, turned_KR):
+        yield from _coordinates(store, *below)
+
+
+def _below(store: Store, node: Node, turned_KR: torch.Tensor) -> list[tuple[Node, torch.Tensor]]:
+    """The children of a node, each with what takes coordinates in its rows to those in the root's; a leaf as it is."""
+    if not node.children:
+        return [(node, turned_KR)]
+    directions_SK = open_sketch(store, node.folder).small()["directions"]
     counts = [open_sketch(store, child.folder).record.rows for child in node.children]
-    for child, directions in zip(node.children, small["directions"].split(counts), strict=True):
-        yield from _coordinates(store, child, directions @ turned_KR)
-
-
-def _small(saved: SavedSketch) -> dict[str, torch.Tensor]:
-    return saved.tensors(COORDINATES if COORDINATES in saved.record.files else TURN)
+    return [
+        (child, part_SK @ turned_KR) for child, part_SK in zip(node.children, directions_SK.split(counts), strict=True)
+    ]
 
 
 def _stacked_gram(records: Sequence[SketchRecord], grams: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -212,10 +226,15 @@ def _stacked_gram(records: Sequence[SketchRecord], grams: Sequence[torch.Tensor]
 
 def _projections_gram(store: Store, node: Node) -> torch.Tensor:
     """Y^T Y, summed over the leaves in order."""
-    projections = (_small(open_sketch(store, leaf.folder))["coordinates"] for leaf in node.leaves)
-    return sum_of([leaf_NK.T @ leaf_NK for leaf_NK in projections])
+
+    def of_leaf(leaf: Node) -> torch.Tensor:
+        projections_NK = open_sketch(store, leaf.folder).small()["coordinates"]
+        return projections_NK.T @ projections_NK
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return sum_of(pool.map(of_leaf, node.leaves))
 
 
-def sum_of(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+def sum_of(matrices: Iterable[torch.Tensor]) -> torch.Tensor:
     """The sum of equal shapes, in order."""
-    return torch.stack(list(matrices)).sum(dim=0)
+    return functools.reduce(torch.add, matrices)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gradientspace_ray.sketch.directions import column_blocks, rotate, top_directions
+from gradientspace_ray.sketch.directions import blocks_of, rotate, top_directions
 from gradientspace_ray.sketch.online_svd import TURNED_AT_ONCE, column_parts, unit_scale, whole_scale
 
 ROWS_AT_ONCE = 256
@@ -48,7 +48,7 @@ class Refinement:
                 rows stay zero.
         """
         squares_K = torch.zeros(basis_KD.shape[0], dtype=torch.float64, device=basis_KD.device)
-        for columns in column_blocks(basis_KD.shape[1]):
+        for columns in blocks_of(basis_KD):
             squares_K += basis_KD[:, columns].double().square().sum(dim=1)
         self._basis_KD, self._scale_K = basis_KD, unit_scale(squares_K)
         self.sums = torch.zeros(basis_KD.shape, dtype=torch.float32, device=basis_KD.device)
@@ -84,8 +84,9 @@ class Refinement:
         projections_BK, scales_PB, energies_B = self._project(rows_BD, slices_P, normalise, first_row)
         for columns, scale_B in zip(slices_P, scales_PB, strict=True):
             rows_part_BD, sums_part_KD = rows_BD[:, columns], self.sums[:, columns]
-            for block in column_blocks(sums_part_KD.shape[1], TURNED_AT_ONCE):
-                share = rotate([rows_part_BD[:, block]], scale_B[:, None] * projections_BK)
+            weights_BK = scale_B[:, None] * projections_BK
+            for block in blocks_of(sums_part_KD, TURNED_AT_ONCE):
+                share = rotate([rows_part_BD[:, block]], weights_BK)
                 sums_part_KD[:, block] = sums_part_KD[:, block].double() + share
         self.projections = torch.cat([self.projections, projections_BK.cpu()])
         self.row_energies = torch.cat([self.row_energies, energies_B.cpu()])
@@ -100,7 +101,7 @@ class Refinement:
         for index, columns in enumerate(slices_P):
             rows_part_BD, basis_part_KD = rows_BD[:, columns], self._basis_KD[:, columns]
             products_BK = torch.zeros_like(projections_BK)
-            for block in column_blocks(rows_part_BD.shape[1]):
+            for block in blocks_of(rows_part_BD):
                 rows = rows_part_BD[:, block].double()
                 squares_PB[index] += rows.square().sum(dim=1)
                 products_BK.addmm_(rows, basis_part_KD[:, block].double().T)

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from gradientspace_ray.sketch.columns import (
+    CONNECTIONS,
     COORDINATES,
     RECORD,
     TURN,
@@ -14,8 +15,6 @@ from gradientspace_ray.sketch.columns import (
     open_sketch,
 )
 from gradientspace_ray.sketch.tree import Node
-
-CONNECTIONS = 16
 
 
 class SavedSketches:
@@ -40,6 +39,18 @@ class SavedSketches:
     def has_rows(self, node: Node) -> bool:
         """Whether its blocks are there; it has a record."""
         return self._has(node, self._records[node.folder].blocks)
+
+    def is_committed(self, node: Node) -> bool:
+        """Whether a record stands at its place, of whatever sketch and in whatever state."""
+        return RECORD in self._files.get(node.folder, {})
+
+    def is_torn(self, node: Node) -> bool:
+        """Whether it was committed, and has files that are missing or of other sizes; rows may be gone as a whole."""
+        record = self._records.get(node.folder)
+        if record is None:
+            return self.is_committed(node)
+        blocks = [name for name in record.blocks if name in self._files[node.folder]]
+        return record.name == node.name and not (self.has_record(node) and (not blocks or self.has_rows(node)))
 
     def of(self, root: Node) -> list[Node]:
         """The nodes of a tree that have a record."""

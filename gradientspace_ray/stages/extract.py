@@ -23,6 +23,7 @@ import ray.data
 import torch
 from ray.exceptions import RayActorError
 
+from gradientspace_ray.errors import one_line
 from gradientspace_ray.gradients.per_sample import Example, ExampleTooLargeError, PerSampleGradients
 from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.models.loading import as_dtype, load_adapter, load_base
@@ -36,7 +37,10 @@ from gradientspace_ray.sketch.refinement import Refinement
 from gradientspace_ray.sketch.tree import BASIS, LEAVES, QUARANTINE
 from gradientspace_ray.stages.progress import MERGE_SHARE, POLL_INTERVAL_S, on_this_node
 
-LINE = "gradients"
+LINES = {False: "gradients", True: "second pass"}
+"""Of the progress, by whether a pass is the refining one."""
+SPEED_SETTINGS = {"tokens_per_batch", "workers", "checkpointing"}
+"""Of `gradients`: what changes how fast a result comes, not the result."""
 EXAMPLES = "examples/train.parquet"
 
 
@@ -103,7 +107,8 @@ def extract(
     compute = recipe.compute
     todo, total = [shard for shard in shards if shard.name in wanted], sum(len(shard.ids) for shard in shards)
     done = total - sum(len(shard.ids) for shard in todo)
-    board.report.remote(LINE, done, total, part="done before")
+    board.report.remote(LINES[refining], done, total, part="done before")
+    bad_before = set(run.names(QUARANTINE))
     items = [{"name": shard.name, "ids": list(shard.ids)} for shard in todo]
     deaths = Deaths.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     arguments = {"recipe": recipe, "run_uri": run.uri, "board": board, "deaths": deaths, "total": total}
@@ -124,8 +129,10 @@ def extract(
         for row in dataset.iter_rows():
             if row["failure"]:
                 failures.append(row)
-            else:
-                yield row["name"]
+                continue
+            if f"{row['name']}.json" in bad_before:
+                run.delete(f"{QUARANTINE}/{row['name']}.json")
+            yield row["name"]
     if failures:
         _quarantine(recipe, run, todo, failures)
 
@@ -231,8 +238,8 @@ class Extractor:
                 if not is_committed(self._run, shard.folder, shard.name):
                     self._commit(shard)
                 return "", ""
-            except (ValueError, RuntimeError, OSError) as error:
-                failure, trace = str(error) or type(error).__name__, traceback.format_exc()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other shards go on, and the run names it
+                failure, trace = one_line(error), traceback.format_exc()
         return failure, trace
 
     def _commit(self, shard: Shard) -> None:
@@ -245,7 +252,7 @@ class Extractor:
         def report(rows: Sequence[int]) -> None:
             nonlocal done, tokens
             done, tokens = done + len(rows), tokens + sum(len(part[row][0]) for row in rows)
-            self._board.report.remote(LINE, done, self._total, part=shard.name, tokens=tokens)
+            self._board.report.remote(LINES[self._refining], done, self._total, part=shard.name, tokens=tokens)
 
         report([])
         for start in range(0, len(examples), len(buffer_BD)):
@@ -274,7 +281,7 @@ class Extractor:
         """What is made faster than it is merged would pile up in the run directory."""
         # A board that is out of reach, as of a machine that is going down, is no reason to wait.
         with suppress(RayActorError):
-            while ray.get(self._board.owed.remote()) > self._recipe.gradients.workers:
+            while ray.get(self._board.backlog.remote()) > self._recipe.gradients.workers:
                 time.sleep(POLL_INTERVAL_S)
 
     def _empty(self) -> OnlineSVD | Refinement:
@@ -337,20 +344,21 @@ def _quarantine(recipe: Recipe, run: RunDirectory, shards: Sequence[Shard], fail
         return
     first = failures[0]
     more = f" ({len(failures) - 1} more shards failed)" if len(failures) > 1 else ""
-    message = f"shard {first['name']}: {first['failure'].splitlines()[0]}{more}"
+    message = f"shard {first['name']}: {first['failure']}{more}"
     raise ShardError(message) from _RemoteError(f"{first['trace']}\n{message}")
 
 
 def _decisive(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     """What decides a shard's sketch beside its examples; settings of speed alone are left out."""
     settings, generalist = recipe.gradients, run.fetch("generalist")
-    speed = {"tokens_per_batch", "workers", "examples_per_shard", "checkpointing", "on_bad_shard"}
+    # Shards are named by their examples, and those that fail have no sketch.
+    ignored = SPEED_SETTINGS | {"examples_per_shard", "on_bad_shard"}
     return {
         "generalist": adapter_digest(generalist),
         "moments": moments_digest(generalist) if settings.preconditioner != "none" else None,
         "model": [recipe.model.model_dump(mode="json"), model_fingerprint(recipe.model.name)],
         "lora": recipe.lora.model_dump(mode="json"),
-        "gradients": settings.model_dump(mode="json", exclude=speed),
+        "gradients": settings.model_dump(mode="json", exclude=ignored),
         "sketch": recipe.sketch.model_dump(mode="json", exclude={"refine"}),
     }
 

@@ -4,8 +4,11 @@ Two siblings are merged as soon as both are committed, while other shards are st
 removed; so no more is stored than a sketch for each level of the tree and for each worker.
 """
 
+import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any
 
@@ -13,19 +16,19 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from gradientspace_ray.errors import one_line
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.run import RunDirectory, RunError, Summary, digest_of
 from gradientspace_ray.sketch.columns import (
     RECORD,
     SavedFile,
-    SketchError,
     SketchRecord,
     is_complete,
     open_sketch,
 )
 from gradientspace_ray.sketch.merging import commit, coordinates_of, part_gram, parts_of, solve, turn
 from gradientspace_ray.sketch.spectrum import describe_spectrum
-from gradientspace_ray.sketch.survey import SavedSketches, record_or_none, small_files
+from gradientspace_ray.sketch.survey import SavedSketches
 from gradientspace_ray.sketch.tree import (
     BASIS,
     LEAVES,
@@ -34,17 +37,16 @@ from gradientspace_ray.sketch.tree import (
     ROOT,
     Node,
     merge_tree,
-    missing,
     refinement_tree,
     to_read,
 )
-from gradientspace_ray.stages.progress import MERGE_SHARE, counts_of
+from gradientspace_ray.stages.progress import DEATHS, MERGE_SHARE, counts_of
+from gradientspace_ray.stages.repair import repair
 
-LINE = "shards"
+LINES = {False: "shards", True: "second pass, shards"}
+"""Of the progress, by whether a pass is the refining one."""
 SPECTRUM = "sketch/spectrum.json"
-DEATHS = 20
-"""Workers that may die of one task: one dies with every machine that is lost."""
-SMALL_FILES_PER_TASK = 64
+POLL_INTERVAL_S = 0.1
 
 
 def tree(recipe: Recipe, run: RunDirectory, leaves: Sequence[str], refining: bool) -> Node:
@@ -81,18 +83,21 @@ def merge(
         refining: whether these are sums for the sketch at `BASIS`.
 
     Raises:
-        RunError: sketches were damaged again and again.
+        RunError: merges failed, or sketches were damaged, again and again.
     """
-    rounds = recipe.compute.retries + 2
-    for _ in range(rounds):
+    run.delete(SPECTRUM)
+    rounds, failure = recipe.compute.retries + 2, None
+    for index in range(rounds):
         root = tree(recipe, run, leaves, refining)
-        made = _prepare(recipe, run, board, root)
+        # What this driver has seen being written is read, and checked, when it is used.
+        made, saved = repair(recipe, run, board, root, check_all=not index)
         if not made:
             return root
-        _Merging(recipe, run, board, root, made, len(leaves)).run(extract)
-    raise RunError(
-        f"{run.path('sketch')}: sketches were damaged {rounds} times after they were written; check the disk"
-    )
+        merging = _Merging(recipe, run, board, made, saved, len(leaves), LINES[refining])
+        merging.run(extract)
+        failure = merging.failure or failure
+    reason = one_line(failure) if failure else "sketches that were written are missing"
+    raise RunError(f"{run.path('sketch')} could not be merged in {rounds} tries: {reason}") from failure
 
 
 def finish(recipe: Recipe, run: RunDirectory, board: Any, leaves: Sequence[str], root: Node) -> None:
@@ -110,7 +115,7 @@ def finish(recipe: Recipe, run: RunDirectory, board: Any, leaves: Sequence[str],
     """
     with _counted(board):
         record = open_sketch(run, root.folder).record
-        if not record.rows:
+        if not record.energy_total:
             raise RunError(f"all gradients are zero; look at the answers in {run.path('examples')}")
         ids: list[str] = []
         coordinates_NK = np.empty((record.examples, record.rows), dtype=np.float32)
@@ -123,13 +128,18 @@ def finish(recipe: Recipe, run: RunDirectory, board: Any, leaves: Sequence[str],
         column = pa.FixedSizeListArray.from_arrays(coordinates_NK.ravel(), record.rows).cast(pa.list_(pa.float32()))
         run.write_table("sketch/coordinates.parquet", pa.table({"id": ids, "coordinates": column}))
         facts = {"plan": _plan_digest(recipe, leaves), "rank": record.rank, "dimension": record.dimension}
-        facts |= {"examples": len(ids), "shards": len(leaves), "shards_skipped": len(leaves) - len(root.leaves)}
+        facts |= {
+            "root": root.name,
+            "examples": len(ids),
+            "shards": len(leaves),
+            "shards_skipped": len(leaves) - len(root.leaves),
+        }
         spectrum = describe_spectrum(record.singular_values, record.energy_total, coordinates_NK, row_energies_N)
         run.write_json(SPECTRUM, facts | spectrum)
 
 
 def is_finished(recipe: Recipe, run: RunDirectory, leaves: Sequence[str]) -> bool:
-    """Whether `finish` has been here with the same shards."""
+    """Whether `finish` was here last, with the same shards; what goes on after it removes the spectrum first."""
     has_all = all(run.exists(name) for name in (SPECTRUM, "sketch/coordinates.parquet", f"{ROOT}/{RECORD}"))
     if not has_all:
         return False
@@ -154,93 +164,113 @@ def _plan_digest(recipe: Recipe, leaves: Sequence[str]) -> str:
 
 
 class _Merging:
-    """One go at the nodes that are missing: merges are submitted as their children come."""
+    """One go at the nodes that are missing: two siblings are merged when both are there, `workers` pairs at a time."""
 
     def __init__(
-        self, recipe: Recipe, run: RunDirectory, board: Any, root: Node, made: Sequence[Node], shards: int
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        board: Any,
+        made: Sequence[Node],
+        saved: SavedSketches,
+        shards: int,
+        line: str,
     ) -> None:
-        self._recipe, self._run, self._board, self._shards = recipe, run, board, shards
-        self._saved = SavedSketches(run)
+        self._recipe, self._run, self._board, self._shards, self._line = recipe, run, board, shards, line
         self._made = {node.name: node for node in made}
         self._parents = {child.name: node for node in made for child in node.children}
-        self._waiting = {
-            node.name: {child.name for child in node.children if child.name in self._made} for node in made
-        }
-        self._tasks: dict[str, Any] = {}
+        self._waiting = {node.name: {child.name for child in node.children} & {*self._made} for node in made}
+        self._ready = deque(node for node in made if node.children and not self._waiting[node.name])
         self._pending: dict[Any, Node] = {}
         self._shards_there = shards - sum(not node.children for node in made)
-        # Energies of the sketches that are merged into no other yet.
-        self._energies = {node.name: self._saved.record(node) for node in to_read(made) if self._saved.has_record(node)}
+        # Of the sketches that are merged into no other yet.
+        self._records = {node.name: saved.record(node) for node in to_read(made)}
+        self.failure: Exception | None = None
+        """Of a merge, the last one."""
 
     def run(self, extract: Callable[[Collection[str]], Iterator[str]]) -> None:
-        """Make them all, but for what is damaged or has failed: the next go sees to that."""
-        for node in self._made.values():
-            if node.children and not self._waiting[node.name] and node.name not in self._tasks:
-                self._submit(node, self._saved.record(node.children[0]))
+        """Make them all, but for what is damaged or fails, and what is above it: the next go sees to that."""
         leaves = {node.name for node in self._made.values() if not node.children}
-        if leaves:
-            for name in extract(leaves):
-                self._shards_there += 1
-                record = open_sketch(self._run, self._made[name].folder).record
-                self._settle(self._made[name], record)
-                self._came(name, record)
-                self._collect(timeout_s=0)
-        while self._pending:
-            self._collect(timeout_s=None)
+        arriving = _in_background(extract(leaves)) if leaves else None
+        while arriving or self._ready or self._pending:
+            while self._ready and len(self._pending) < self._recipe.gradients.workers:
+                self._submit(self._ready.popleft())
+            if arriving and not self._take(arriving):
+                arriving = None
+            self._collect(timeout_s=0 if arriving else None)
+            self._board.owe.remote(len(self._ready) + len(self._pending))
 
-    def _came(self, name: str, record: SketchRecord) -> None:
-        """A node is there, or will be when what is submitted is done: the last child of a parent brings that one."""
-        parent = self._parents.get(name)
-        if parent is None:
-            return
-        self._waiting[parent.name].discard(name)
-        if not self._waiting[parent.name]:
-            self._submit(parent, record)
+    def _take(self, arriving: "SimpleQueue[str | Exception | None]") -> bool:
+        """Take note of the next shard, if there is one; False when no more will come."""
+        with suppress(Empty):
+            found = arriving.get(timeout=POLL_INTERVAL_S)
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                return False
+            self._shards_there += 1
+            self._note(self._made[found], open_sketch(self._run, self._made[found].folder).record)
+        return True
 
-    def _submit(self, node: Node, like: SketchRecord) -> None:
+    def _submit(self, node: Node) -> None:
         """Grams of all parts -> directions -> the parts turned -> commit; each task waits for those before it."""
         options: dict[str, Any] = {
             "num_cpus": MERGE_SHARE * self._recipe.compute.cpus_per_worker,
             "max_retries": DEATHS,
+            "scheduling_strategy": "SPREAD",
         }
-        options["scheduling_strategy"] = "SPREAD"
-        self._board.owe.remote(node.name)
-        place, parts = (self._run.uri, self._board, node), range(len(parts_of(like)))
-        children = [self._tasks[child.name] for child in node.children if child.name in self._tasks]
-        grams = [_gram.options(**options).remote(*place, part, *children) for part in parts]
+        place, parts = (self._run.uri, self._board, node), range(len(parts_of(self._records[node.children[0].name])))
+        grams = [_gram.options(**options).remote(*place, part) for part in parts]
         record = _solve.options(**options).remote(*place, *grams)
         turned = [_turn.options(**options).remote(*place, part, record) for part in parts]
-        done = _commit.options(**options).remote(*place, record, *turned)
-        self._tasks[node.name] = done
-        self._pending[done] = node
-        self._came(node.name, like)
+        self._pending[_commit.options(**options).remote(*place, record, *turned)] = node
 
     def _collect(self, timeout_s: float | None) -> None:
         """Take note of the merges that are done."""
         if not self._pending:
             return
-        finished, _ = ray.wait(list(self._pending), timeout=timeout_s)
+        finished, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
         for task in finished:
             node = self._pending.pop(task)
             try:
-                self._settle(node, ray.get(task))
-            except SketchError:
-                # The next go finds what is damaged, and makes it again.
-                continue
+                self._note(node, ray.get(task))
+            except ray.exceptions.RayError as error:
+                self.failure = error
 
-    def _settle(self, node: Node, record: SketchRecord) -> None:
+    def _note(self, node: Node, record: SketchRecord) -> None:
+        """A node is there: the last child of a parent makes that one ready."""
         for child in node.children:
-            self._energies.pop(child.name, None)
-        self._energies[node.name] = record
-        records = [record for record in self._energies.values() if record.energy_captured is not None]
+            self._records.pop(child.name, None)
+        self._records[node.name] = record
+        if parent := self._parents.get(node.name):
+            self._waiting[parent.name].discard(node.name)
+            if not self._waiting[parent.name]:
+                self._ready.append(parent)
+        records = [record for record in self._records.values() if record.energy_captured is not None]
         total = sum(record.energy_total for record in records)
         captured = sum(record.energy_captured or 0.0 for record in records)
         note = f"{captured / total:.0%} of the energy kept" if total else ""
-        self._board.report.remote(LINE, self._shards_there, self._shards, note)
+        self._board.report.remote(self._line, self._shards_there, self._shards, note)
+
+
+def _in_background(names: Iterator[str]) -> "SimpleQueue[str | Exception | None]":
+    """What an iterator yields, as it comes, and then its error or None."""
+    arriving: SimpleQueue[str | Exception | None] = SimpleQueue()
+
+    def follow() -> None:
+        try:
+            for name in names:
+                arriving.put(name)
+            arriving.put(None)
+        except Exception as error:  # noqa: BLE001 - raised where the queue is read
+            arriving.put(error)
+
+    threading.Thread(target=follow, name="shards", daemon=True).start()
+    return arriving
 
 
 @ray.remote
-def _gram(run_uri: str, board: Any, node: Node, part: int, *_children: SketchRecord) -> Any:
+def _gram(run_uri: str, board: Any, node: Node, part: int) -> Any:
     """None where the node is there: its children's rows have gone, and nobody needs them."""
     run = RunDirectory(run_uri)
     with _counted(board):
@@ -252,8 +282,6 @@ def _solve(run_uri: str, board: Any, node: Node, *grams: Any) -> SketchRecord:
     run = RunDirectory(run_uri)
     if is_complete(run, node.folder, node.name):
         return open_sketch(run, node.folder).record
-    if (before := record_or_none(run, node.folder)) and before.name != node.name:
-        run.delete(node.folder)
     with _counted(board):
         return solve(run, node, grams)
 
@@ -275,63 +303,22 @@ def _commit(run_uri: str, board: Any, node: Node, record: SketchRecord, *parts: 
         else:
             record = commit(run, node, record, parts)
             board.count.remote(merges=1)
-        for child in node.children:
-            for block in open_sketch(run, child.folder).record.blocks:
-                run.delete(f"{child.folder}/{block}")
-        board.settle.remote(node.name)
+        children = [open_sketch(run, child.folder) for child in node.children]
+        run.delete(*(f"{child.folder}/{block}" for child in children for block in child.record.blocks))
     return record
 
 
 @contextmanager
 def _counted(board: Any) -> Iterator[None]:
-    """Add the seconds of the block to the stage's totals."""
+    """Add the seconds of the block to the stage's totals, and say that somebody merges."""
     started = monotonic()
+    board.work.remote(1)
     try:
         yield
-    except SketchError:
-        # What waits for this merge is not made in this go, and nobody may wait for it.
-        board.settle.remote()
-        raise
-    seconds = monotonic() - started
-    board.count.remote(merging_s=seconds, working_s=seconds)
-
-
-def _prepare(recipe: Recipe, run: RunDirectory, board: Any, root: Node) -> list[Node]:
-    """Compare what stands with its checksums, and delete what differs; returns the nodes that must be made."""
-    saved = SavedSketches(run)
-    made = missing(root, saved.has_record, saved.has_rows)
-    if not made:
-        return made
-    read = {node.name for node in to_read(made)}
-    there = saved.of(root)
-    files = [(node.folder, saved.record(node).blocks) for node in there if node.name in read]
-    jobs = [[job] for job in files]
-    small = [(node.folder, small_files(saved.record(node))) for node in there]
-    jobs += [small[start : start + SMALL_FILES_PER_TASK] for start in range(0, len(small), SMALL_FILES_PER_TASK)]
-    task = _damaged.options(num_cpus=MERGE_SHARE * recipe.compute.cpus_per_worker, max_retries=DEATHS)
-    damaged = {folder for found in ray.get([task.remote(run.uri, job) for job in jobs]) for folder in found}
-    board.count.remote(damaged=len(damaged))
-    for folder in damaged:
-        run.delete(folder)
-    saved = SavedSketches(run)
-    made = missing(root, saved.has_record, saved.has_rows)
-    for node in made:
-        # Merged once, and needed again: it must not be taken for finished.
-        if saved.has_record(node):
-            run.delete(node.folder)
-    return made
-
-
-@ray.remote
-def _damaged(run_uri: str, job: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """Folders of the sketches of which a file is not what was written."""
-    run, damaged = RunDirectory(run_uri), []
-    for folder, files in job:
-        try:
-            open_sketch(run, folder).check(files)
-        except SketchError:
-            damaged.append(folder)
-    return damaged
+    finally:
+        seconds = monotonic() - started
+        board.work.remote(-1)
+        board.count.remote(merging_s=seconds, working_s=seconds)
 
 
 def _summary(counts: dict[str, float], spectrum: dict[str, Any]) -> Summary:
@@ -347,8 +334,13 @@ def _summary(counts: dict[str, float], spectrum: dict[str, Any]) -> Summary:
         made.append(f"sketching took {sketching_s / working_s:.1%} of the work")
     if skipped:
         made.append(f"{skipped} of {spectrum['shards']} shards failed and were skipped, see {QUARANTINE}")
+    damaged = int(counts.get("damaged", 0))
+    if damaged:
+        made.append(f"{damaged} damaged sketches were made again")
     return Summary(
         made="; ".join(made),
+        # It names the shards, and with them all that decides the result.
+        output=spectrum["root"],
         counts={
             "sketch_examples": spectrum["examples"],
             "dimension": spectrum["dimension"],
@@ -357,7 +349,7 @@ def _summary(counts: dict[str, float], spectrum: dict[str, Any]) -> Summary:
             "shards": spectrum["shards"],
             "shards_made": int(counts.get("shards", 0)),
             "shards_skipped": skipped,
-            "sketches_damaged": int(counts.get("damaged", 0)),
+            "sketches_damaged": damaged,
             "merges": int(counts.get("merges", 0)),
             "tokens": int(counts.get("tokens", 0)),
             "working_s": round(working_s, 2),

@@ -19,6 +19,10 @@ LOG_INTERVAL_S = 10.0
 POLL_INTERVAL_S = 0.5
 MERGE_SHARE = 0.1
 """Of a worker's CPUs: what extraction leaves to the merges that go on meanwhile, and what one of them asks for."""
+DEATHS = 20
+"""Workers that may die of one task: one dies with every machine that is lost."""
+MERGES_START_S = 60.0
+"""A merge that has not begun by then finds no free processor."""
 
 
 class Bars:
@@ -91,7 +95,8 @@ class Board:
         self._parts: dict[str, dict[str, tuple[float, float]]] = {}
         self._since: dict[str, float] = {}
         self._counts: Counter[str] = Counter()
-        self._owed: set[str] = set()
+        self._owed = self._working = 0
+        self._merged_at = time.monotonic()
 
     def report(self, line: str, done: float, total: float, note: str = "", part: str = "", tokens: float = 0.0) -> None:
         """Keep the latest state of a line, the sum of its parts; a retried worker never moves its part back."""
@@ -110,17 +115,21 @@ class Board:
         """All totals."""
         return dict(self._counts)
 
-    def owe(self, work: str) -> None:
-        """Note that there is work to do, by its name."""
-        self._owed.add(work)
+    def owe(self, merges: int) -> None:
+        """Keep how many merges are to be done."""
+        if not self._owed:
+            self._merged_at = time.monotonic()
+        self._owed = merges
 
-    def settle(self, *works: str) -> None:
-        """Note that work is done, or will not be; without a name, all of it."""
-        self._owed = self._owed - set(works) if works else set()
+    def work(self, tasks: int) -> None:
+        """Add to the number of tasks that merge at the moment."""
+        self._working += tasks
+        self._merged_at = time.monotonic()
 
-    def owed(self) -> int:
-        """How much work there is to do."""
-        return len(self._owed)
+    def backlog(self) -> int:
+        """How many merges there are to do; none where nobody is at them, so that what waits for them cannot hang."""
+        idle = not self._working and time.monotonic() - self._merged_at > MERGES_START_S
+        return 0 if idle else self._owed
 
     def lines(self) -> dict[str, tuple[float, float, str]]:
         """Line -> (done, total, note)."""
@@ -130,8 +139,9 @@ class Board:
         parts = self._parts[line].values()
         done, tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
         seconds = time.monotonic() - self._since.get(line, 0.0)
-        # Less than a second says nothing about the speed.
-        speed = f"{done / seconds:.1f} examples/s, {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 1 else ""
+        # What an earlier run has done has no tokens here; and less than a second says nothing about the speed.
+        made = sum(part[0] for part in parts if part[1])
+        speed = f"{made / seconds:.1f} examples/s, {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 1 else ""
         return done, total, ", ".join(text for text in (note, speed) if text)
 
 

@@ -1,7 +1,7 @@
 """Measure the online SVD of real per-sample gradients beside the exact one and other ways to a few directions.
 
-python jobs/benchmarks/sketch.py --json OUT [--data DIR] [--rank 64]
-python jobs/benchmarks/sketch.py --json OUT --simulate
+python jobs/benchmarks/sketch.py [--data DIR] [--json OUT]
+python jobs/benchmarks/sketch.py --simulate [--json OUT]
 
 The gradients are those of a base model with a LoRA adapter after a short warm-up on other examples (at B = 0 half of
 every gradient is zero), scaled to unit length, in a file (float32: examples x weights x 4 bytes of the disk). Meanwhile
@@ -41,7 +41,7 @@ from gradient_task import LORA_ALPHA, LORA_RANK, SEED, Task, TaskError, read_exa
 from gradients import machine
 from rich.console import Console
 from rich.table import Table
-from sketch_methods import EXACT, METHODS, MethodError, Settings, in_new_process
+from sketch_methods import EXACT, METHODS, MethodError, Settings, in_new_process, multiply_adds
 from sketch_simulation import Simulation, model_costs, show_simulation
 
 from gradientspace_ray.examples.formats import SourceError
@@ -63,7 +63,7 @@ Tell = Callable[[str], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, write the JSON file, print tables."""
+    """Measure, print tables, and write the JSON file where one is wanted."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 100)
@@ -71,15 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = simulated(options) if options.simulate else measured(options, console.print)
     except (TaskError, MethodError, SourceError, ModelError, UnsupportedModelError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
     (show_simulation if options.simulate else show)(report, console)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="where the results go")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="where the results go, beside the tables printed")
     parser.add_argument("--data", metavar="DIR", help="JSONL files, mixed evenly; without, the built-in mixture")
     parser.add_argument("--model", default=CHAT_MODEL, metavar="NAME", help="a local folder, or a Hugging Face name")
     dtypes = ("auto", "bfloat16", "float32")
@@ -101,7 +102,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     large.add_argument("--simulate-dimension", type=_positive, default=2_000_000, metavar="D", help="default: 2000000")
     pair = "of one more pair; default: 20000000"
     large.add_argument("--simulate-large-dimension", type=_positive, default=20_000_000, metavar="D", help=pair)
-    large.add_argument("--rows", type=_positive, default=128, metavar="K", help="of every sketch; default: 128")
+    carried = "that every sketch carries; default: 128, as of rank 64 with as many beside, or of 128 with none"
+    large.add_argument("--rows", type=_positive, default=128, metavar="K", help=carried)
     rows = "of the rows on disk; default: float32 where there is room, else bfloat16"
     large.add_argument("--rows-dtype", choices=dtypes, default="auto", help=rows)
     large.add_argument("--memory-gb", type=float, default=8.0, metavar="X", help="the most it may take; default: 8")
@@ -291,7 +293,8 @@ def extract(
 ) -> dict[str, Any]:
     """Write all gradients to `path`, and sketch them on the way as the gradient stage does; what each part took.
 
-    Writing to `path` is not counted. A shard's sketch is saved, and the saved ones are merged.
+    Writing to `path` is not counted. A shard's sketch is saved, and the saved ones are merged. What a sketch leaves to
+    who asks for its rows, which is the saving there, counts as an update: it is arithmetic, and the rest is writing.
     """
     seconds: Counter[str] = Counter()
 
@@ -305,7 +308,7 @@ def extract(
     names = [str(index) for index in range(-(-len(task.examples) // options.shard_size))]
     root = merge_tree(names)
     leaves = {leaf.name: leaf for leaf in root.leaves}
-    multiply_adds = 0.0
+    sketch_multiply_adds = 0.0
     buffer_BD = torch.empty(0)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
@@ -318,13 +321,13 @@ def extract(
                 part = shard[start : start + len(buffer_BD)]
                 with timed("gradient"):
                     gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)])
-                kept = len(sketch.carried_rows)
                 with timed("update"):
                     sketch.update(gradients_BD, normalise=True)
-                stacked = kept + len(part)
-                multiply_adds += (stacked / 2 + len(sketch.carried_rows)) * stacked * task.dimension
                 for row_D in gradients_BD:
                     file.write((row_D / torch.linalg.vector_norm(row_D, dtype=torch.float64)).numpy().tobytes())
+            with timed("update"):
+                _ = sketch.carried_rows
+            sketch_multiply_adds += multiply_adds(len(shard), len(buffer_BD), sketch.carried) * task.dimension
             with timed("save"):
                 save_sketch(run, leaves[name].folder, sketch, [f"{name}-{row}" for row in range(len(shard))], name=name)
             tell(f"shard {index + 1} of {len(names)}: {seconds['gradient']:.0f} s of gradients so far")
@@ -344,7 +347,7 @@ def extract(
         "sketch_seconds": sketching_s,
         **{f"{part}_seconds": seconds[part] for part in ("gradient", "update", "save", "merge")},
         "gradient_flops_per_second": 4 * task.multiplied_weights * task.tokens / seconds["gradient"],
-        "sketch_flops_per_second": 2 * multiply_adds / seconds["update"],
+        "sketch_flops_per_second": 2 * sketch_multiply_adds / seconds["update"],
         "tokens_per_example": task.tokens / len(task.examples),
     }
 

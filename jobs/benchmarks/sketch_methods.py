@@ -27,7 +27,7 @@ import psutil
 import torch
 from sklearn.decomposition import IncrementalPCA
 
-from gradientspace_ray.sketch.directions import column_blocks, gram, rotate
+from gradientspace_ray.sketch.directions import blocks_of, column_blocks, gram, rotate
 from gradientspace_ray.sketch.online_svd import OnlineSVD
 from gradientspace_ray.sketch.refinement import Refinement, refined_directions
 from gradientspace_ray.sketch.tree import Node, merge_tree
@@ -131,7 +131,7 @@ def online_svd_refined(gradients: RowFile, settings: Settings) -> Found:
         gram([refinement.sums]), projections_NK.T @ projections_NK, settings.rank
     )
     rows_RD = refinement.sums[: turn_KR.shape[1]]
-    for columns in column_blocks(gradients.width):
+    for columns in blocks_of(rows_RD):
         rows_RD[:, columns] = rotate([refinement.sums[:, columns]], turn_KR)
     captured = float(singular_values_R.square().sum()) / refinement.energy_total
     return Found(lambda columns: rows_RD[:, columns], captured, projections_NK @ turn_KR)
@@ -156,6 +156,20 @@ def _sketch(gradients: RowFile, settings: Settings) -> OnlineSVD:
         return sketch
 
     return made(merge_tree([str(index) for index in range(len(shards))]))
+
+
+def multiply_adds(rows: int, batch_rows: int, carried: int) -> float:
+    """Those of `OnlineSVD`, for each column, to sketch so many rows in batches of at most `carried`, and to show them.
+
+    A batch that fits beside what is carried is put there: its squares are summed, and it is scaled. Another one, and in
+    the end rows that were only put there, take a Gram matrix of all that is stacked, and the turn to what is carried.
+    """
+    total = 0.0
+    for start in range(0, rows, batch_rows):
+        added = min(batch_rows, rows - start)
+        stacked = min(carried, start) + added
+        total += 2 * added if stacked <= carried else (stacked / 2 + carried) * stacked
+    return total + (1.5 * rows**2 if rows <= carried else 0.0)
 
 
 def exact(gradients: RowFile, settings: Settings) -> Found:

@@ -80,14 +80,19 @@ def results_of(run_dir):
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, prepared):
+    """Run directories that nothing happened to, by whether there is a second pass."""
     recipe, before = prepared
-    run_dir = before.with_name("undisturbed")
-    shutil.copytree(before, run_dir)
-    watch = Watch(run_dir)
-    assert start(cluster, recipe, run_dir).wait(PATIENCE_S) == 0
-    watch.end()
-    assert len(watch.committed) == RunDirectory(run_dir).manifest().stages["gradients"].counts["shards"] >= SHARDS
-    return run_dir
+    finished = {}
+    for refine in (False, True):
+        run_dir = finished[refine] = before.with_name(f"undisturbed-{refine}")
+        shutil.copytree(before, run_dir)
+        watch = Watch(run_dir)
+        assert start(cluster, recipe, run_dir, sketch__refine=refine).wait(PATIENCE_S) == 0
+        watch.end()
+        counts = RunDirectory(run_dir).manifest().stages["gradients"].counts
+        assert counts["shards"] >= SHARDS
+        assert len(watch.committed) == counts["shards_made"] == counts["shards"] * (1 + refine)
+    return finished
 
 
 class Watch:
@@ -152,7 +157,7 @@ def test_killed_workers(cluster, prepared, undisturbed, seed):
         time.sleep(rng.uniform(0, 0.3))
         assert kill_extractor(rng)
     assert driver.wait(PATIENCE_S) == 0
-    check(run_dir, undisturbed, watch)
+    check(run_dir, undisturbed[False], watch)
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -169,21 +174,23 @@ def test_a_killed_node(cluster, prepared, undisturbed, seed):
         assert driver.wait(PATIENCE_S) == 0
     finally:
         cluster.add_node(num_cpus=1)
-    check(run_dir, undisturbed, watch)
+    check(run_dir, undisturbed[False], watch)
 
 
 @pytest.mark.parametrize("seed", [2])
 def test_a_killed_driver(cluster, prepared, undisturbed, seed):
+    """In the first pass, when all shards of it are there and the last merges go on, and in the second pass."""
     rng = random.Random(seed)
     recipe, before = prepared
     run_dir = before.with_name(f"driver-{seed}")
     shutil.copytree(before, run_dir)
     watch = Watch(run_dir)
-    for moment in sorted(rng.sample(range(1, SHARDS - 4), 2)):
-        driver = start(cluster, recipe, run_dir)
+    shards = RunDirectory(undisturbed[True]).manifest().stages["gradients"].counts["shards"]
+    for moment in (rng.randrange(1, SHARDS - 4), shards, shards + rng.randrange(1, SHARDS - 4)):
+        driver = start(cluster, recipe, run_dir, sketch__refine=True)
         watch.wait_for(moment)
         time.sleep(rng.uniform(0, 0.3))
         driver.kill()
         driver.wait()
-    assert start(cluster, recipe, run_dir).wait(PATIENCE_S) == 0
-    check(run_dir, undisturbed, watch)
+    assert start(cluster, recipe, run_dir, sketch__refine=True).wait(PATIENCE_S) == 0
+    check(run_dir, undisturbed[True], watch)
