@@ -22,6 +22,7 @@ from gradientspace_ray.run import RunDirectory, RunError, Summary, digest_of
 from gradientspace_ray.sketch.columns import (
     RECORD,
     SavedFile,
+    SketchError,
     SketchRecord,
     is_complete,
     open_sketch,
@@ -127,9 +128,11 @@ def finish(recipe: Recipe, run: RunDirectory, board: Any, leaves: Sequence[str],
             ids.extend(shard.ids)
         column = pa.FixedSizeListArray.from_arrays(coordinates_NK.ravel(), record.rows).cast(pa.list_(pa.float32()))
         run.write_table("sketch/coordinates.parquet", pa.table({"id": ids, "coordinates": column}))
-        facts = {"plan": _plan_digest(recipe, leaves), "rank": record.rank, "dimension": record.dimension}
-        facts |= {
+        facts = {
+            "plan": _plan_digest(recipe, leaves),
             "root": root.name,
+            "rank": record.rank,
+            "dimension": record.dimension,
             "examples": len(ids),
             "shards": len(leaves),
             "shards_skipped": len(leaves) - len(root.leaves),
@@ -186,7 +189,7 @@ class _Merging:
         # Of the sketches that are merged into no other yet.
         self._records = {node.name: saved.record(node) for node in to_read(made)}
         self.failure: Exception | None = None
-        """Of a merge, the last one."""
+        """The last one."""
 
     def run(self, extract: Callable[[Collection[str]], Iterator[str]]) -> None:
         """Make them all, but for what is damaged or fails, and what is above it: the next go sees to that."""
@@ -209,7 +212,10 @@ class _Merging:
             if found is None:
                 return False
             self._shards_there += 1
-            self._note(self._made[found], open_sketch(self._run, self._made[found].folder).record)
+            try:
+                self._note(self._made[found], open_sketch(self._run, self._made[found].folder).record)
+            except SketchError as error:
+                self.failure = error
         return True
 
     def _submit(self, node: Node) -> None:
@@ -229,7 +235,8 @@ class _Merging:
         """Take note of the merges that are done."""
         if not self._pending:
             return
-        finished, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
+        most = 1 if timeout_s is None else len(self._pending)
+        finished, _ = ray.wait(list(self._pending), num_returns=most, timeout=timeout_s)
         for task in finished:
             node = self._pending.pop(task)
             try:
