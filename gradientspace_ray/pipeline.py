@@ -25,7 +25,7 @@ from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.models.loading import chosen_compute_dtype
 from gradientspace_ray.recipe import Recipe, dump_recipe
 from gradientspace_ray.run import RunDirectory, StageRecord, Summary, digest_of
-from gradientspace_ray.stages import cluster, extract, merge, prepare, report, route, score, train
+from gradientspace_ray.stages import cluster, conclude, extract, merge, prepare, report, route, score, train
 from gradientspace_ray.stages.progress import watched_board
 
 StageFunction = Callable[[Recipe, RunDirectory], Summary]
@@ -72,8 +72,12 @@ def _gradients(recipe: Recipe, run: RunDirectory) -> Summary:
     with watched_board() as board:
         shards = extract.plan(recipe, run)
         leaves = [shard.name for shard in shards]
-        if not merge.is_finished(recipe, run, leaves):
+        if not conclude.is_finished(recipe, run, leaves):
             make = functools.partial(extract.extract, recipe, run, board, shards)
+            if first := conclude.must_be_made_first(recipe, run, leaves):
+                list(make(first))
+            # It says that all else is there.
+            run.delete(conclude.SPECTRUM)
             root = merge.merge(recipe, run, board, leaves, make)
             if recipe.sketch.refine:
                 # A shard that has failed is not tried again.
@@ -82,8 +86,8 @@ def _gradients(recipe: Recipe, run: RunDirectory) -> Summary:
                 second = [again for first, again in zip(shards, second, strict=True) if first.name in good]
                 make = functools.partial(extract.extract, recipe, run, board, second, refining=True)
                 root = merge.merge(recipe, run, board, [shard.name for shard in second], make, refining=True)
-            merge.finish(recipe, run, board, leaves, root)
-        return merge.clear(run, board)
+            conclude.finish(recipe, run, board, leaves, root)
+        return conclude.clear(run, board)
 
 
 STAGES = (

@@ -34,6 +34,7 @@ MAY_IMPORT = (
     | {
         "stages.progress": set(),
         "stages.repair": {*NOUNS, "stages.progress"},
+        "stages.conclude": {*NOUNS, "stages.progress", "stages.merge"},
         "stages.merge": {*NOUNS, "stages.progress", "stages.repair"},
         "serving": {"registry", "run", "examples", "router", "engine", "models"},
         "pipeline": {
@@ -44,6 +45,7 @@ MAY_IMPORT = (
             "examples",
             "models",
             "stages.progress",
+            "stages.conclude",
             *(f"stages.{stage}" for stage in STAGES),
         },
         "cli": {"recipe", "errors", "run", "pipeline", "serving", "router", "stages.report"},

@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 
 import deadly_extractor
 import numpy as np
@@ -19,8 +20,8 @@ from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.sketch.columns import open_sketch
 from gradientspace_ray.sketch.merging import merge_saved
 from gradientspace_ray.sketch.tree import merge_tree
+from gradientspace_ray.stages import conclude
 from gradientspace_ray.stages import extract as extract_stage
-from gradientspace_ray.stages import merge as merge_stage
 from gradientspace_ray.stages.progress import watched_board
 
 COUNT = 22
@@ -252,7 +253,7 @@ def die_at_the_end(recipe, run, monkeypatch):
         raise OSError("killed")
 
     with monkeypatch.context() as dying:
-        dying.setattr(merge_stage, "finish", die)
+        dying.setattr(conclude, "finish", die)
         with pytest.raises(OSError, match="killed"):
             gradients(recipe, run)
 
@@ -284,37 +285,63 @@ def without_labels(run, chosen):
     return ids
 
 
-def test_a_bad_shard_stops_the_run_or_is_skipped(ray_cluster, tiny_model_dir, tmp_path, capfd):
+def test_bad_shards_stop_the_run_or_are_skipped(ray_cluster, tiny_model_dir, tmp_path, capfd):
     run = new_run(tmp_path / "run", tiny_model_dir)
-    ids = without_labels(run, [7])
+    ids = without_labels(run, [7, 12])
     stopping = recipe_for(tiny_model_dir, retries=1)
-    bad = shards_of(stopping, run)[1]
+    bad = shards_of(stopping, run)[1:3]
     with pytest.raises(extract_stage.ShardError) as caught:
         gradients(stopping, run)
     assert str(caught.value) == one_line(caught.value)
-    assert str(caught.value).startswith(f"shard {bad.name}: ")
-    assert "no token counts" in str(caught.value)
+    assert re.match(
+        rf"shard ({bad[0].name}|{bad[1].name}): .*no token counts.*\(1 more shards failed\)", str(caught.value)
+    )
     assert "Traceback" not in capfd.readouterr().err
-    quarantined = run.read_json(f"sketch/quarantine/{bad.name}.json")
-    assert quarantined["attempts"] == 2
-    assert quarantined["ids"] == list(bad.ids)
-    assert "no token counts" in quarantined["traceback"]
-    assert len(run.names("sketch/shards")) == 4
+    for shard in bad:
+        quarantined = run.read_json(f"sketch/quarantine/{shard.name}.json")
+        assert (quarantined["attempts"], quarantined["ids"]) == (2, list(shard.ids))
+        assert "no token counts" in quarantined["traceback"]
+    assert len(run.names("sketch/shards")) == 3
 
-    skipping = recipe_for(tiny_model_dir, retries=1, on_bad_shard="skip")
+    skipping = recipe_for(tiny_model_dir, retries=0, on_bad_shard="skip")
     summary = gradients(skipping, run)
-    assert (summary.counts["shards"], summary.counts["shards_made"], summary.counts["shards_skipped"]) == (5, 0, 1)
-    assert "1 of 5 shards failed and were skipped" in summary.made
-    assert coordinates(run)[0] == [id_ for id_ in ids if id_ not in bad.ids]
-    assert run.names("sketch/quarantine") == [f"{bad.name}.json"]
+    assert (summary.counts["shards"], summary.counts["shards_made"], summary.counts["shards_skipped"]) == (5, 0, 2)
+    assert "2 of 5 shards failed and were skipped" in summary.made
+    assert coordinates(run)[0] == [id_ for id_ in ids if id_ not in {*bad[0].ids, *bad[1].ids}]
+    assert run.names("sketch/quarantine") == [f"{shard.name}.json" for shard in bad]
 
-    # What a run makes that skips from the start is the same.
+    # What a run makes that skips from the start is the same, and stays while there is none without bad shards.
     other = new_run(tmp_path / "other", tiny_model_dir)
-    without_labels(other, [7])
-    gradients(skipping, other)
-    assert {k: v for k, v in results(other).items() if "quarantine" not in k} == {
-        k: v for k, v in results(run).items() if "quarantine" not in k
-    }
+    without_labels(other, [7, 12])
+    assert gradients(skipping, other).output == summary.output
+    made = {name: data for name, data in results(other).items() if "quarantine" not in name}
+    with pytest.raises(extract_stage.ShardError):
+        gradients(stopping, run)
+    assert {name: data for name, data in results(run).items() if "quarantine" not in name} == made
+
+
+def test_nothing_goes_on_after_an_interrupt(ray_cluster, tiny_model_dir, tmp_path, monkeypatch):
+    run, recipe = new_run(tmp_path / "run", tiny_model_dir), recipe_for(tiny_model_dir, workers=1, examples_per_shard=1)
+    extract = extract_stage.extract
+
+    def interrupted(*arguments, **options):
+        for name in extract(*arguments, **options):
+            yield name
+            if name.startswith("00003"):
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as pressed:
+        pressed.setattr(extract_stage, "extract", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gradients(recipe, run)
+    # What was under way may end.
+    time.sleep(2)
+    there = run.sizes("sketch")
+    time.sleep(3)
+    assert run.sizes("sketch") == there
+    committed = sum(name.startswith("shards/") and name.endswith("sketch.json") for name in there)
+    assert 4 <= committed < COUNT
+    assert gradients(recipe, run).counts["shards_made"] == COUNT - committed
 
 
 def test_when_all_shards_are_bad_nothing_can_be_skipped(ray_cluster, tiny_model_dir, tmp_path):
@@ -353,6 +380,12 @@ def test_one_shard(ray_cluster, tiny_model_dir, tmp_path):
     assert gradients(recipe_for(tiny_model_dir), run).counts["merges"] == 1
     _, gradients_ND = autograd_gradients(run, tiny_model_dir)
     assert np.allclose(coordinates(run)[1] @ coordinates(run)[1].T, gradients_ND @ gradients_ND.T, atol=2e-4)
+    before = results(run)
+    assert gradients(recipe_for(tiny_model_dir), run).counts["shards_made"] == 0
+    for name in ("coordinates.parquet", "rows/block-00000.safetensors", "spectrum.json"):
+        cut(run, f"sketch/{name}")
+        assert gradients(recipe_for(tiny_model_dir), run).counts["shards_made"] == 1
+        assert results(run) == before
 
 
 def test_a_second_pass_comes_closer_to_the_optimum(ray_cluster, tiny_model_dir, tmp_path):

@@ -35,6 +35,8 @@ CONNECTIONS = 16
 BLOCKS_AT_ONCE = 4
 """Blocks that are written at once: an object store's answer takes longer than a block's way to it."""
 RowsDtype = Literal["float32", "bfloat16"]
+# PyTorch has no tensor that cannot be written to, and says so. Filters are the process's, and not to be set in threads.
+warnings.filterwarnings("ignore", "The given buffer is not writable")
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
@@ -346,13 +348,10 @@ def decode(data: bytes | memoryview) -> dict[str, torch.Tensor]:
     """Tensors of a file that `encode` made: views of `data`, not to be written to."""
     start = 8 + int.from_bytes(data[:8], "little")
     types = {name: dtype for dtype, name in NAMES.items()}
-    with warnings.catch_warnings():
-        # PyTorch has no tensor that cannot be written to, and says so.
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return {
-            name: _view(data, types[facts["dtype"]], facts["shape"], start + facts["data_offsets"][0])
-            for name, facts in json.loads(bytes(data[8:start])).items()
-        }
+    return {
+        name: _view(data, types[facts["dtype"]], facts["shape"], start + facts["data_offsets"][0])
+        for name, facts in json.loads(bytes(data[8:start])).items()
+    }
 
 
 def _view(data: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int], offset: int) -> torch.Tensor:

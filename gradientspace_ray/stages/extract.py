@@ -107,7 +107,7 @@ def extract(
     compute = recipe.compute
     todo, total = [shard for shard in shards if shard.name in wanted], sum(len(shard.ids) for shard in shards)
     done = total - sum(len(shard.ids) for shard in todo)
-    board.report.remote(LINES[refining], done, total, part="done before")
+    board.begin.remote(LINES[refining], done, total)
     bad_before = set(run.names(QUARANTINE))
     items = [{"name": shard.name, "ids": list(shard.ids)} for shard in todo]
     deaths = Deaths.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]

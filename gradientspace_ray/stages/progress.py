@@ -21,8 +21,8 @@ MERGE_SHARE = 0.1
 """Of a worker's CPUs: what extraction leaves to the merges that go on meanwhile, and what one of them asks for."""
 DEATHS = 20
 """Workers that may die of one task: one dies with every machine that is lost."""
-MERGES_START_S = 60.0
-"""A merge that has not begun by then finds no free processor."""
+MERGE_PATIENCE_S = 300.0
+"""Merges of which no task begins or ends for so long find no free processor, and nothing waits for them."""
 
 
 class Bars:
@@ -95,14 +95,19 @@ class Board:
         self._parts: dict[str, dict[str, tuple[float, float]]] = {}
         self._since: dict[str, float] = {}
         self._counts: Counter[str] = Counter()
-        self._owed = self._working = 0
+        self._owed = 0
         self._merged_at = time.monotonic()
+
+    def begin(self, line: str, done: float, total: float) -> None:
+        """Start a line anew, with what was done before."""
+        self._parts[line] = {"": (done, 0.0)}
+        self._lines[line] = (total, "")
+        self._since[line] = time.monotonic()
 
     def report(self, line: str, done: float, total: float, note: str = "", part: str = "", tokens: float = 0.0) -> None:
         """Keep the latest state of a line, the sum of its parts; a retried worker never moves its part back."""
         parts = self._parts.setdefault(line, {})
-        if part:
-            self._since.setdefault(line, time.monotonic())
+        self._since.setdefault(line, time.monotonic())
         if (done, tokens) >= parts.get(part, (0.0, 0.0)):
             parts[part] = (done, tokens)
             self._lines[line] = (total, note)
@@ -118,18 +123,16 @@ class Board:
     def owe(self, merges: int) -> None:
         """Keep how many merges are to be done."""
         if not self._owed:
-            self._merged_at = time.monotonic()
+            self.merging()
         self._owed = merges
 
-    def work(self, tasks: int) -> None:
-        """Add to the number of tasks that merge at the moment."""
-        self._working += tasks
+    def merging(self) -> None:
+        """Note that a task of a merge begins or ends."""
         self._merged_at = time.monotonic()
 
     def backlog(self) -> int:
-        """How many merges there are to do; none where nobody is at them, so that what waits for them cannot hang."""
-        idle = not self._working and time.monotonic() - self._merged_at > MERGES_START_S
-        return 0 if idle else self._owed
+        """How many merges there are to do; none where nobody comes to them, so that what waits for them cannot hang."""
+        return self._owed if time.monotonic() - self._merged_at < MERGE_PATIENCE_S else 0
 
     def lines(self) -> dict[str, tuple[float, float, str]]:
         """Line -> (done, total, note)."""
@@ -157,6 +160,19 @@ def counts_of(board: Any) -> dict[str, float]:
     except ray.exceptions.RayActorError:
         return {}
     return counts
+
+
+@contextmanager
+def counted(board: Any) -> Iterator[None]:
+    """Add the seconds of the block to the stage's totals, and say that somebody merges."""
+    started = time.monotonic()
+    board.merging.remote()
+    try:
+        yield
+    finally:
+        seconds = time.monotonic() - started
+        board.merging.remote()
+        board.count.remote(merging_s=seconds, working_s=seconds)
 
 
 @contextmanager

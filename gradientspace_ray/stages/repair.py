@@ -46,12 +46,8 @@ def repair(
     if damage:
         board.count.remote(damaged=len(damage))
         board.report.remote("damaged", len(damage), len(damage), next(iter(damage.values())))
-    for node in made:
-        # Of another tree, damaged, or merged once and needed again: it must not be taken for finished.
-        if saved.is_committed(node):
-            run.delete(node.folder)
-    if root in made:
-        run.delete(root.folder)
+    # Of another tree, damaged, or merged once and needed again: it must not be taken for finished.
+    run.delete(*(node.folder for node in made if saved.is_committed(node) or node is root))
     return made, saved
 
 

@@ -126,7 +126,7 @@ def simulate(settings: Simulation) -> dict[str, Any]:
             dtype = chosen_dtype(settings, folder, shards, dimension)
             result[name] = merged(folder, shards, dimension, settings.rows, dtype)
     result["peak_rss_mb"] = peak_rss_bytes() / 1e6
-    result["arithmetic"] = arithmetic(settings, result["pair"])
+    result["arithmetic"] = arithmetic(settings, result["tree"])
     return result
 
 
@@ -262,15 +262,16 @@ def checked(store: CountingStore, root: Node, record: SketchRecord) -> dict[str,
     }
 
 
-def arithmetic(settings: Simulation, pair: dict[str, Any]) -> dict[str, Any]:
-    """What the merges of a large run take, at the speed at which the pair was merged here.
+def arithmetic(settings: Simulation, tree: dict[str, Any]) -> dict[str, Any]:
+    """What the merges of a large run take, at the speed at which those of the tree were done here.
 
-    A merge on one worker is assumed to take as long as here; `seconds_spread` has the parts of the columns, which the
-    stage gives to different workers, done at once by those that the level's merges leave free.
+    Its files fit into the page cache, as a large run's fit into the memory of many machines. A merge on one worker is
+    assumed to take as long as here; `seconds_spread` has the parts of the columns, which the stage gives to different
+    workers, done at once by those that the level's merges leave free.
     """
     large_dimension = MODELS[LARGE_MODEL][1]
-    sketch_bytes = settings.rows * large_dimension * BYTES[pair["dtype"]]
-    merge_s = pair["merge_seconds"] * large_dimension / pair["dimension"]
+    sketch_bytes = settings.rows * large_dimension * BYTES[tree["dtype"]]
+    merge_s = tree["merge_seconds"] / (tree["shards"] - 1) * large_dimension / tree["dimension"]
     parts = math.ceil(math.ceil(large_dimension / BLOCK_COLUMNS) / PART_BLOCKS)
     shards = math.ceil(settings.run_examples / settings.examples_per_shard)
     levels, nodes = [], shards
@@ -286,7 +287,7 @@ def arithmetic(settings: Simulation, pair: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": LARGE_MODEL,
         "dimension": large_dimension,
-        "dtype": pair["dtype"],
+        "dtype": tree["dtype"],
         "examples": settings.run_examples,
         "tokens_per_example": settings.tokens_per_example,
         "gpus": settings.gpus,
