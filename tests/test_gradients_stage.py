@@ -211,7 +211,7 @@ def test_damage_of_before_is_found_and_made_good(ray_cluster, tiny_model_dir, tm
         expected, place = (5, 5, 3), shards[2]
     summary = gradients(recipe, run)
     assert tuple(summary.counts[key] for key in ("sketches_damaged", "shards_made", "merges")) == expected
-    assert f"{expected[0]} damaged sketches were made again" in summary.made
+    assert f"sketches that were damaged and made again: {expected[0]}" in summary.made
     assert f"damaged: {expected[0]}/{expected[0]} {place}" in capfd.readouterr().err
     assert results(run) == undisturbed
 
@@ -306,7 +306,7 @@ def test_bad_shards_stop_the_run_or_are_skipped(ray_cluster, tiny_model_dir, tmp
     skipping = recipe_for(tiny_model_dir, retries=0, on_bad_shard="skip")
     summary = gradients(skipping, run)
     assert (summary.counts["shards"], summary.counts["shards_made"], summary.counts["shards_skipped"]) == (5, 0, 2)
-    assert "2 of 5 shards failed and were skipped" in summary.made
+    assert "shards that failed and were skipped, see sketch/quarantine: 2 of 5" in summary.made
     assert coordinates(run)[0] == [id_ for id_ in ids if id_ not in {*bad[0].ids, *bad[1].ids}]
     assert run.names("sketch/quarantine") == [f"{shard.name}.json" for shard in bad]
 

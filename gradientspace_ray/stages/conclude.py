@@ -116,10 +116,10 @@ def _summary(counts: dict[str, float], spectrum: dict[str, Any]) -> Summary:
     if working_s:
         made.append(f"sketching took {sketching_s / working_s:.1%} of the work")
     if skipped:
-        made.append(f"{skipped} of {spectrum['shards']} shards failed and were skipped, see {QUARANTINE}")
+        made.append(f"shards that failed and were skipped, see {QUARANTINE}: {skipped} of {spectrum['shards']}")
     damaged = int(counts.get("damaged", 0))
     if damaged:
-        made.append(f"{damaged} damaged sketches were made again")
+        made.append(f"sketches that were damaged and made again: {damaged}")
     return Summary(
         made="; ".join(made),
         # It names the shards, and with them all that decides the result.
