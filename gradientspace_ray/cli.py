@@ -111,7 +111,8 @@ def serve(
     directory = RunDirectory(run_dir)
     directory.require()
     with _interruptible("the endpoint has stopped"):
-        _stop_on_sigterm()
+        # Let SIGTERM do what Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         from gradientspace_ray import pipeline
         from gradientspace_ray.serving import app as serving
 
@@ -123,7 +124,6 @@ def serve(
             application = serving.build(serving.ServeArguments.model_validate(settings))
             console.print("[dim]starting Ray, the router and the experts[/dim]")
             pipeline.connect(chosen)
-            _stop_on_sigterm()  # Ray sets its own handler when it starts
             with serving.endpoint(application, host, port) as url:
                 if not ask:
                     _announce(run_dir, host, url)
@@ -163,11 +163,6 @@ def _interruptible(what_now: str) -> Iterator[None]:
     except KeyboardInterrupt:
         console.print(f"\ninterrupted; {what_now}", style="yellow")
         raise typer.Exit(130) from None
-
-
-def _stop_on_sigterm() -> None:
-    """Let SIGTERM do what Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _device_of(directory: RunDirectory) -> str:

@@ -152,19 +152,30 @@ def connect(device: str) -> None:
         worker_env["DS_ACCELERATOR"] = "cpu"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env={"env_vars": worker_env}, **quiet)
+        with _keeping_sigterm():
+            ray.init(runtime_env={"env_vars": worker_env}, **quiet)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A local Ray listens on this machine alone; with tokens it would write one into the home folder.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.update(worker_env)
-    ray.init(
-        address="local",
-        num_cpus=max(2, os.cpu_count() or 2),
-        include_dashboard=False,
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        **quiet,
-    )
+    with _keeping_sigterm():
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 2),
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            **quiet,
+        )
+
+
+@contextlib.contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Ray sets a handler of its own when it starts; one that stood there comes back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -258,7 +269,7 @@ def run_pipeline(
 
 @contextlib.contextmanager
 def _noticing_interrupts() -> Iterator[Callable[[], None]]:
-    """Ctrl-C raises KeyboardInterrupt as ever; where a library swallowed that, the check that is yielded raises it."""
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; where a library swallowed that, the check yielded here raises it."""
     pressed = threading.Event()
 
     def press(number: int, frame: Any) -> None:
@@ -272,11 +283,12 @@ def _noticing_interrupts() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
         yield check
         return
-    before = signal.signal(signal.SIGINT, press)
+    before = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _current_record(stage: Stage, digest: str, run: RunDirectory) -> StageRecord | None:

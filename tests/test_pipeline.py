@@ -51,14 +51,18 @@ def stage_statuses(run_dir):
 
 @pytest.fixture(scope="module")
 def finished_run(tiny_arguments):
-    """A run that is interrupted with Ctrl-C while Ray Data and while Ray Train are at work, then finished."""
+    """A run that is stopped while Ray Data and while Ray Train are at work, then finished."""
     run_dir, arguments = tiny_arguments
-    for stage, at_work in (("gradients", "sketch/shards"), ("experts", ".staging/train")):
+    for stage, at_work, stop in (
+        ("warmup", ".staging/train", lambda process: process.terminate()),
+        ("gradients", "sketch/shards", lambda process: os.killpg(process.pid, signal.SIGINT)),
+        ("experts", ".staging/train", lambda process: os.killpg(process.pid, signal.SIGINT)),
+    ):
         process = subprocess.Popen(
             [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         wait_until(lambda at_work=at_work: (run_dir / at_work).exists(), process)
-        os.killpg(process.pid, signal.SIGINT)
+        stop(process)
         output, errors = process.communicate(timeout=90)
         assert process.returncode == 130, output + errors
         assert "interrupted" in output

@@ -108,7 +108,7 @@ def extract(
     todo, total = [shard for shard in shards if shard.name in wanted], sum(len(shard.ids) for shard in shards)
     done = total - sum(len(shard.ids) for shard in todo)
     board.begin.remote(LINES[refining], done, total)
-    bad_before = set(run.names(QUARANTINE))
+    bad_before, counts = set(run.names(QUARANTINE)), {shard.name: len(shard.ids) for shard in todo}
     items = [{"name": shard.name, "ids": list(shard.ids)} for shard in todo]
     deaths = Deaths.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
     arguments = {"recipe": recipe, "run_uri": run.uri, "board": board, "deaths": deaths, "total": total}
@@ -129,6 +129,10 @@ def extract(
         for row in dataset.iter_rows():
             if row["failure"]:
                 failures.append(row)
+                shown, count = f"{row['name']}: {row['failure']}", counts[row["name"]]
+                board.report.remote("failed shards", len(failures), len(failures), shown)
+                # Its examples are not waited for.
+                board.report.remote(LINES[refining], count, total, part=row["name"])
                 continue
             if f"{row['name']}.json" in bad_before:
                 run.delete(f"{QUARANTINE}/{row['name']}.json")
@@ -343,7 +347,7 @@ def _quarantine(recipe: Recipe, run: RunDirectory, shards: Sequence[Shard], fail
     if recipe.gradients.on_bad_shard == "skip":
         return
     first = failures[0]
-    more = f" ({len(failures) - 1} more shards failed)" if len(failures) > 1 else ""
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
     message = f"shard {first['name']}: {first['failure']}{more}"
     raise ShardError(message) from _RemoteError(f"{first['trace']}\n{message}")
 
