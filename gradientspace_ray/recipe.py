@@ -16,6 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Device = Literal["cpu", "cuda"]
+ClusterMethod = Literal[
+    "graph", "kmeans", "random", "length", "embedding", "random_projection_64", "random_projection_512",
+    "random_projection_8192",
+]  # fmt: skip
 STAGES = ("prepare", "warmup", "gradients", "cluster", "experts", "router", "evaluate", "report")
 
 
@@ -132,20 +136,31 @@ class SketchSection(Section):
     `refine`, bounds the error in advance, whatever the data and their order."""
     refine: bool = False
     """Go through all gradients once more, which brings the sketch close to the exact SVD and doubles the time."""
+    projection: Positive | None = None
+    """Also keep a random projection of every gradient to this many numbers, for the `clusters.method` that needs it."""
 
 
 class ClustersSection(Section):
     """Groups of examples in gradient space."""
 
-    method: Literal["spectral", "kmeans"] = "spectral"
+    method: ClusterMethod = "graph"
+    """`graph` (spectral clustering of nearest neighbours) and `kmeans` (spherical) read the sketch's coordinates. The
+    others are baselines: `random_projection_64`, `_512` and `_8192` of the same gradients (they need
+    `sketch.projection`), `embedding` of the prompts by `router.encoder`, `length` of the examples, and `random`."""
     count: Positive | Literal["auto"] = "auto"
-    """Number of clusters; `auto` chooses it from the data."""
+    """Number of clusters; `auto` chooses it from the sketch's coordinates, whatever the method, so that baselines are
+    compared at the same number."""
     max_count: Positive = 12
     """Largest number that `auto` considers."""
     neighbours: Positive = 10
     """Neighbours of an example in the graph."""
     min_examples: Positive = 8
     """Clusters smaller than this are merged into their nearest."""
+    outliers: Literal["assign", "leave_out"] = "assign"
+    """Examples unlike all others go to the nearest cluster, or to none, so that no expert trains on them."""
+    search: Literal["exact", "faiss"] = "exact"
+    """What finds neighbours: scikit-learn, or FAISS, which the extra `[faiss]` installs; the same neighbours up to
+    rounding."""
 
 
 class RouterSection(Section):
@@ -199,6 +214,19 @@ class Recipe(Section):
     router: RouterSection = RouterSection()
     evaluate: EvaluateSection = EvaluateSection()
     compute: ComputeSection = ComputeSection()
+
+    @model_validator(mode="after")
+    def _check_projection(self) -> "Recipe":
+        wanted = projected_numbers(self.clusters.method)
+        if wanted and (self.sketch.projection or 1) % wanted:
+            raise ValueError(f"clusters.method {self.clusters.method} needs sketch.projection {wanted}, or a multiple")
+        return self
+
+
+def projected_numbers(method: str) -> int | None:
+    """How many numbers of a random projection a `clusters.method` reads; None where it reads none."""
+    head, _, count = method.rpartition("_")
+    return int(count) if head == "random_projection" else None
 
 
 def load_recipe(source: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -286,7 +314,7 @@ def _explain(error: ValidationError) -> str:
         elif detail["type"] == "missing":
             problems.append(f"{key} is missing")
         elif detail["type"] == "value_error":
-            problems.append(f"{key}: {detail['ctx']['error']}")
+            problems.append(f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"]))
         else:
             problems.append(f"{key}: {detail['msg'].lower()}, got {detail['input']!r}")
     return "; ".join(dict.fromkeys(problems))

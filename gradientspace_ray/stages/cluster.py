@@ -72,7 +72,7 @@ def _coordinates(run: RunDirectory) -> tuple[list[str], np.ndarray]:
 
 
 def _labels(coordinates_NK: np.ndarray, count: int, settings: ClustersSection, seed: int) -> np.ndarray:
-    if settings.method == "spectral":
+    if settings.method == "graph":
         return spectral_clusters(coordinates_NK, count, settings.neighbours, seed)
     return spherical_kmeans(coordinates_NK, count, seed)
 
