@@ -41,7 +41,7 @@ def recipe_for(**clusters):
     return synthetic_recipe("model", "encoder", clusters=clusters)
 
 
-@pytest.mark.parametrize("method", ["spectral", "kmeans"])
+@pytest.mark.parametrize("method", ["graph", "kmeans"])
 def test_planted_groups_come_out(tmp_path, method):
     run, truth = make_run(tmp_path)
     summary = cluster(recipe_for(method=method), run)
@@ -56,7 +56,7 @@ def test_planted_groups_come_out(tmp_path, method):
     assert quality["sizes"] == [35, 27, 20]
     assert quality["method"] == method
     assert quality["terms"][2] == ["apple", "pear"]
-    assert quality["stability"] > (0.95 if method == "spectral" else 0.6)
+    assert quality["stability"] > (0.95 if method == "graph" else 0.6)
     assert quality["ari"] == quality["nmi"] == quality["purity"] == pytest.approx(1)
     assert all(0 < value < 1 for value in quality["coherence"])
     assert quality["conflicting_pairs"]["inside"] < quality["conflicting_pairs"]["between"]

@@ -9,7 +9,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from gradientspace_ray.clusters import graph
-from gradientspace_ray.clusters.graph import laplacian_eigenmap, neighbour_graph, spectral_clusters, unit_rows
+from gradientspace_ray.clusters.graph import laplacian_eigenmap, neighbour_graph, graph_clusters, unit_rows
 from gradientspace_ray.clusters.kmeans import centroids, spherical_kmeans
 from gradientspace_ray.clusters.selection import by_size, choose_count, merge_small
 
@@ -32,18 +32,18 @@ def planted(sizes, cosine, seed=0, width=1500, rank=32, subspace=2):
     return (u_NN * values_N)[:, :rank], np.repeat(np.arange(len(sizes)), sizes)
 
 
-@pytest.mark.parametrize("method", ["spectral", "kmeans"])
+@pytest.mark.parametrize("method", ["graph", "kmeans"])
 @pytest.mark.parametrize("sizes", [(40, 40), (40, 40, 40), (40,) * 4, (30,) * 6])
 def test_the_planted_number_is_chosen(sizes, method):
     # Groups that vary in a few directions of their own are for neighbourhoods; k-means gets rounder ones.
-    subspace = 2 if method == "spectral" else 40
+    subspace = 2 if method == "graph" else 40
     for seed, cosine in ((0, 0.05), (1, 0.1)):
         coordinates_NK, truth = planted(sizes, cosine, seed, subspace=subspace)
         count, candidates = choose_count(coordinates_NK, 8, method, seed)
         assert count == len(sizes), candidates
         assert candidates[count]["stability"] > 0.95
-        if method == "spectral":
-            labels = spectral_clusters(coordinates_NK, count, 10, seed)
+        if method == "graph":
+            labels = graph_clusters(coordinates_NK, count, 10, seed)
         else:
             labels = spherical_kmeans(coordinates_NK, count, seed)
         assert adjusted_rand_score(truth, labels) > 0.97
@@ -51,29 +51,29 @@ def test_the_planted_number_is_chosen(sizes, method):
 
 def test_uneven_groups_are_found_by_their_neighbourhoods():
     coordinates_NK, truth = planted((100, 60, 40, 25), 0.07)
-    assert choose_count(coordinates_NK, 8, "spectral", 0)[0] == 4
-    assert adjusted_rand_score(truth, spectral_clusters(coordinates_NK, 4, 10, 0)) > 0.97
+    assert choose_count(coordinates_NK, 8, "graph", 0)[0] == 4
+    assert adjusted_rand_score(truth, graph_clusters(coordinates_NK, 4, 10, 0)) > 0.97
 
 
 def test_noise_is_one_cluster():
     noise_NK = np.random.default_rng(0).normal(size=(120, 16))
-    count, candidates = choose_count(noise_NK, 6, "spectral", 0)
+    count, candidates = choose_count(noise_NK, 6, "graph", 0)
     assert count == 1
     assert set(candidates) == {1, 2, 3, 4, 5, 6}
 
 
 def test_choice_and_clusters_repeat():
     coordinates_NK, _ = planted((20, 20, 20), 0.07)
-    assert choose_count(coordinates_NK, 5, "spectral", 3) == choose_count(coordinates_NK, 5, "spectral", 3)
-    first, second = (spectral_clusters(coordinates_NK, 3, 10, 3) for _ in range(2))
+    assert choose_count(coordinates_NK, 5, "graph", 3) == choose_count(coordinates_NK, 5, "graph", 3)
+    first, second = (graph_clusters(coordinates_NK, 3, 10, 3) for _ in range(2))
     assert np.array_equal(first, second)
 
 
-def test_spectral_clusters_are_those_of_scikit_learn():
+def test_graph_clusters_are_those_of_scikit_learn():
     coordinates_NK, _ = planted((30, 25, 20), 0.05, rank=12)
     theirs = SpectralClustering(3, affinity="precomputed", assign_labels="kmeans", random_state=0)
     expected = theirs.fit_predict(neighbour_graph(coordinates_NK, 10))
-    assert adjusted_rand_score(expected, spectral_clusters(coordinates_NK, 3, 10, 0)) > 0.97
+    assert adjusted_rand_score(expected, graph_clusters(coordinates_NK, 3, 10, 0)) > 0.97
 
 
 @settings(max_examples=25, deadline=None)
@@ -105,16 +105,16 @@ def test_a_zero_row_has_no_edges_and_displaces_no_neighbour():
     assert not neighbour_graph(np.zeros((4, 3)), 2).toarray().any()
 
 
-@pytest.mark.parametrize("method", ["spectral", "kmeans"])
+@pytest.mark.parametrize("method", ["graph", "kmeans"])
 @pytest.mark.parametrize("size", [0, 1e-15, 1e-9])
 def test_gradients_of_zero_do_not_spoil_the_clusters(size, method):
     rng = np.random.default_rng(0)
-    coordinates_NK, truth = planted((40, 40, 40), 0.1, subspace=2 if method == "spectral" else 40)
+    coordinates_NK, truth = planted((40, 40, 40), 0.1, subspace=2 if method == "graph" else 40)
     rows_NK = np.concatenate([coordinates_NK, size * rng.normal(size=(10, coordinates_NK.shape[1]))])
     order = rng.permutation(130)
     real = order < 120
     labels = {
-        "spectral": lambda: spectral_clusters(rows_NK[order], 3, 10, 0),
+        "graph": lambda: graph_clusters(rows_NK[order], 3, 10, 0),
         "kmeans": lambda: spherical_kmeans(rows_NK[order], 3, 0),
     }[method]()
     assert adjusted_rand_score(truth[order[real]], labels[real]) == 1
@@ -144,11 +144,11 @@ def test_eigenmap_by_iteration_is_the_exact_one(monkeypatch):
 def test_eigenmap_by_iteration_sees_every_component(monkeypatch):
     monkeypatch.setattr(graph, "DENSE_EXAMPLES", 10)
     blocks_NK = np.repeat(np.eye(5), 30, axis=0) + 0.01 * np.random.default_rng(0).random((150, 5))
-    labels = spectral_clusters(blocks_NK, 5, 6, 0)
+    labels = graph_clusters(blocks_NK, 5, 6, 0)
     assert adjusted_rand_score(np.repeat(np.arange(5), 30), labels) == 1
 
 
-@pytest.mark.parametrize("method", ["spectral", "kmeans"])
+@pytest.mark.parametrize("method", ["graph", "kmeans"])
 def test_degenerate_input_gives_a_sane_answer(method):
     one = np.ones((1, 3))
     alike = np.ones((12, 3))
@@ -162,7 +162,7 @@ def test_degenerate_input_gives_a_sane_answer(method):
 
 
 @pytest.mark.parametrize(
-    "cluster", [lambda rows, count: spectral_clusters(rows, count, 5, 0), lambda r, c: spherical_kmeans(r, c, 0)]
+    "cluster", [lambda rows, count: graph_clusters(rows, count, 5, 0), lambda r, c: spherical_kmeans(r, c, 0)]
 )
 def test_counts_that_cannot_be(cluster):
     rows_NK = np.random.default_rng(0).normal(size=(4, 3))
@@ -178,7 +178,7 @@ def test_counts_that_cannot_be(cluster):
     with pytest.raises(ValueError, match="example 2 are not finite"):
         cluster(bad, 2)
     with pytest.raises(ValueError, match="at least one example"):
-        choose_count(np.zeros((0, 3)), 2, "spectral", 0)
+        choose_count(np.zeros((0, 3)), 2, "graph", 0)
 
 
 def test_centroids_are_unit_means():

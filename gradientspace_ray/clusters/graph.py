@@ -7,40 +7,19 @@ then k-means.
 Shapes: N examples, L of them whose coordinates are not zero, K coordinates, M neighbours, C clusters, E eigenvectors.
 """
 
-import warnings
-from collections.abc import Callable
-
 import numpy as np
 from scipy.sparse import csr_matrix, diags, identity
 from scipy.sparse.linalg import eigsh
-from sklearn.cluster import KMeans
-from sklearn.neighbors import NearestNeighbors
+
+from gradientspace_ray.clusters.kmeans import fit_kmeans
+from gradientspace_ray.clusters.neighbours import Search, label_by_neighbours, nearest_others
+from gradientspace_ray.clusters.rows import FIT_EXAMPLES, around_zero_rows, check_count, sample, unit_rows
 
 DENSE_EXAMPLES = 1500
 """Up to this many examples all eigenvectors are computed at once, which is exact and quick."""
-STARTS = 10
-"""Starts of k-means, the best of which is kept."""
-NEGLIGIBLE_NORM = 1e-6
-"""Of the longest row. A zero gradient leaves the sketch with coordinates of about 1e-16, a direction of rounding."""
 
 
-def unit_rows(coordinates_NK: np.ndarray) -> np.ndarray:
-    """Rows scaled to unit length, float64; a row shorter than a millionth of the longest becomes zero.
-
-    Raises:
-        ValueError: not a matrix with at least one row, or not finite.
-    """
-    rows_NK = np.asarray(coordinates_NK, dtype=np.float64)
-    if rows_NK.ndim != 2 or not rows_NK.size:
-        raise ValueError(f"coordinates have the shape {rows_NK.shape}; needed: at least one example and one coordinate")
-    if not np.isfinite(rows_NK).all():
-        bad = int((~np.isfinite(rows_NK)).any(axis=1).argmax())
-        raise ValueError(f"the coordinates of example {bad} are not finite; make the sketch again")
-    norms_N1 = np.linalg.norm(rows_NK, axis=1, keepdims=True)
-    return np.divide(rows_NK, norms_N1, out=np.zeros_like(rows_NK), where=norms_N1 > NEGLIGIBLE_NORM * norms_N1.max())
-
-
-def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int) -> csr_matrix:
+def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int, search: Search = "exact") -> csr_matrix:
     """Symmetric graph of each example's nearest neighbours by cosine.
 
     The weight of an edge is the cosine, where positive, halved when only one end counts the other as a neighbour. A
@@ -49,6 +28,7 @@ def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int) -> csr_matrix:
     Args:
         coordinates_NK: of any length; they are scaled to unit length.
         neighbours: of each example; at most all other rows that are not zero are used.
+        search: see `nearest_others`.
 
     Returns:
         [N, N] sparse weights in 0 .. 1, zero diagonal.
@@ -59,9 +39,8 @@ def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int) -> csr_matrix:
     used = min(neighbours, len(live) - 1)
     if used < 1:
         return csr_matrix((count, count))
-    # On unit rows, distance^2 = 2 - 2 cosine; asked without arguments, an example is not its own neighbour.
-    distances_LM, indices_LM = NearestNeighbors(n_neighbors=used, algorithm="brute").fit(unit_NK[live]).kneighbors()
-    weights = np.clip(1 - distances_LM**2 / 2, 0, None).ravel()
+    cosines_LM, indices_LM = nearest_others(unit_NK[live], used, search)
+    weights = np.clip(cosines_LM, 0, None).ravel()
     graph = csr_matrix((weights, (np.repeat(live, used), live[indices_LM.ravel()])), shape=(count, count))
     graph = (graph + graph.T) / 2
     graph.eliminate_zeros()
@@ -106,14 +85,20 @@ def eigenmap_clusters(vectors_NE: np.ndarray, count: int, seed: int) -> np.ndarr
     return fit_kmeans(unit_rows(vectors_NE[:, :count]), count, seed).labels_.astype(int)
 
 
-def spectral_clusters(coordinates_NK: np.ndarray, count: int, neighbours: int, seed: int) -> np.ndarray:
+def graph_clusters(
+    coordinates_NK: np.ndarray, count: int, neighbours: int, seed: int, search: Search = "exact"
+) -> np.ndarray:
     """Clusters of the neighbour graph; zero rows, which have no place in it, join the largest cluster.
+
+    Of more than `FIT_EXAMPLES` examples a seeded sample is clustered so, and the rest join the cluster that most of
+    their nearest neighbours in the sample have, so that the time grows linearly.
 
     Args:
         coordinates_NK: coordinates of the examples, scaled to unit length here.
         count: number of clusters wanted.
         neighbours: see `neighbour_graph`.
-        seed: decides the starts of k-means.
+        seed: decides the sample and the starts of k-means.
+        search: see `nearest_others`.
 
     Returns:
         [N] labels below `count`; some may be absent when the examples have fewer distinct places.
@@ -126,44 +111,14 @@ def spectral_clusters(coordinates_NK: np.ndarray, count: int, neighbours: int, s
         return np.zeros(len(coordinates_NK), dtype=int)
 
     def cluster(unit_LK: np.ndarray) -> np.ndarray:
-        used = min(count, len(unit_LK))
-        _, vectors_LE = laplacian_eigenmap(neighbour_graph(unit_LK, neighbours), used, seed)
-        return eigenmap_clusters(vectors_LE, used, seed)
+        chosen = sample(len(unit_LK), FIT_EXAMPLES, [seed, 4])
+        fitted_FK, used = unit_LK[chosen], min(count, len(chosen))
+        _, vectors_FE = laplacian_eigenmap(neighbour_graph(fitted_FK, neighbours, search), used, seed)
+        labels_F = eigenmap_clusters(vectors_FE, used, seed)
+        if len(chosen) == len(unit_LK):
+            return labels_F
+        labels_L = label_by_neighbours(unit_LK, fitted_FK, labels_F, neighbours, search)
+        labels_L[chosen] = labels_F
+        return labels_L
 
     return around_zero_rows(unit_rows(coordinates_NK), cluster)
-
-
-def around_zero_rows(unit_NK: np.ndarray, cluster: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Cluster the rows that are not zero; the zero rows get the label of the largest cluster.
-
-    Args:
-        unit_NK: rows of unit length or zero.
-        cluster: the L rows that are not zero, at least one -> their labels [L], 0 or above.
-
-    Returns:
-        [N] labels; all 0 when every row is zero.
-    """
-    live_N = unit_NK.any(axis=1)
-    labels_N = np.zeros(len(unit_NK), dtype=int)
-    if live_N.any():
-        labels_L = cluster(unit_NK[live_N])
-        labels_N[live_N], labels_N[~live_N] = labels_L, np.bincount(labels_L).argmax()
-    return labels_N
-
-
-def fit_kmeans(rows_NK: np.ndarray, count: int, seed: int) -> KMeans:
-    """scikit-learn's k-means, fitted; some clusters stay empty where there are fewer distinct rows."""
-    with warnings.catch_warnings():
-        # The caller sees it by the labels.
-        warnings.filterwarnings("ignore", "Number of distinct clusters")
-        return KMeans(count, n_init=STARTS, random_state=seed).fit(rows_NK)
-
-
-def check_count(count: int, examples: int) -> None:
-    """Refuse a number of clusters that these examples cannot have.
-
-    Raises:
-        ValueError: fewer than one, or more than there are examples.
-    """
-    if not 1 <= count <= examples:
-        raise ValueError(f"{examples} examples cannot form {count} clusters; set clusters.count to 1 .. {examples}")

@@ -3,18 +3,26 @@
 Shapes: N examples, L of them whose coordinates are not zero, K coordinates, C clusters.
 """
 
-import numpy as np
+import warnings
 
-from gradientspace_ray.clusters.graph import around_zero_rows, check_count, fit_kmeans, unit_rows
+import numpy as np
+from sklearn.cluster import KMeans
+
+from gradientspace_ray.clusters.rows import FIT_EXAMPLES, around_zero_rows, check_count, sample, unit_rows
+
+STARTS = 10
+"""Starts of k-means, the best of which is kept."""
 
 
 def spherical_kmeans(coordinates_NK: np.ndarray, count: int, seed: int) -> np.ndarray:
     """k-means on unit vectors, then each example to the nearest direction by cosine; zero rows to the largest cluster.
 
+    Of more than `FIT_EXAMPLES` examples the directions are those of a seeded sample.
+
     Args:
         coordinates_NK: coordinates of the examples, scaled to unit length here.
         count: number of clusters wanted.
-        seed: decides the starts.
+        seed: decides the sample and the starts.
 
     Returns:
         [N] labels below `count`; some may be absent when the examples have fewer distinct directions.
@@ -25,7 +33,8 @@ def spherical_kmeans(coordinates_NK: np.ndarray, count: int, seed: int) -> np.nd
     check_count(count, len(coordinates_NK))
 
     def cluster(unit_LK: np.ndarray) -> np.ndarray:
-        centres_CK = fit_kmeans(unit_LK, min(count, len(unit_LK)), seed).cluster_centers_
+        fitted_FK = unit_LK[sample(len(unit_LK), FIT_EXAMPLES, [seed, 4])]
+        centres_CK = fit_kmeans(fitted_FK, min(count, len(fitted_FK)), seed).cluster_centers_
         return (unit_LK @ unit_rows(centres_CK).T).argmax(axis=1)
 
     return around_zero_rows(unit_rows(coordinates_NK), cluster)
@@ -36,10 +45,18 @@ def centroids(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
 
     Args:
         coordinates_NK: coordinates of the examples.
-        labels_N: cluster of each, 0 .. C - 1, every one present.
+        labels_N: cluster of each, 0 .. C - 1, every one present; -1 for an example of none.
 
     Returns:
         [C, K] float64; zero where a cluster's examples cancel out or are all zero.
     """
     unit_NK = unit_rows(coordinates_NK)
     return unit_rows(np.stack([unit_NK[labels_N == label].mean(axis=0) for label in range(labels_N.max() + 1)]))
+
+
+def fit_kmeans(rows_NK: np.ndarray, count: int, seed: int) -> KMeans:
+    """scikit-learn's k-means, fitted; some clusters stay empty where there are fewer distinct rows."""
+    with warnings.catch_warnings():
+        # The caller sees it by the labels.
+        warnings.filterwarnings("ignore", "Number of distinct clusters")
+        return KMeans(count, n_init=STARTS, random_state=seed).fit(rows_NK)

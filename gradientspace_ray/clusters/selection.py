@@ -3,16 +3,15 @@
 Shapes: N examples, K coordinates, C clusters, E eigenvectors.
 """
 
-from typing import Literal
-
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
 
-from gradientspace_ray.clusters.graph import eigenmap_clusters, laplacian_eigenmap, neighbour_graph, unit_rows
+from gradientspace_ray.clusters.graph import eigenmap_clusters, laplacian_eigenmap, neighbour_graph
 from gradientspace_ray.clusters.kmeans import centroids, spherical_kmeans
-from gradientspace_ray.clusters.quality import sample, subsample_indices
+from gradientspace_ray.clusters.methods import Method
+from gradientspace_ray.clusters.quality import subsample_indices
+from gradientspace_ray.clusters.rows import sample, unit_rows
 
-Method = Literal["spectral", "kmeans"]
 SELECTION_EXAMPLES = 2000
 REPEATS = 10
 EXAMPLES_PER_CLUSTER = 2

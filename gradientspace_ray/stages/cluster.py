@@ -8,7 +8,7 @@ import pyarrow as pa
 from safetensors.numpy import save
 
 from gradientspace_ray.clusters import quality
-from gradientspace_ray.clusters.graph import spectral_clusters
+from gradientspace_ray.clusters.graph import graph_clusters
 from gradientspace_ray.clusters.kmeans import centroids, spherical_kmeans
 from gradientspace_ray.clusters.selection import SELECTION_EXAMPLES, by_size, choose_count, merge_small
 from gradientspace_ray.recipe import ClustersSection, Recipe
@@ -73,7 +73,7 @@ def _coordinates(run: RunDirectory) -> tuple[list[str], np.ndarray]:
 
 def _labels(coordinates_NK: np.ndarray, count: int, settings: ClustersSection, seed: int) -> np.ndarray:
     if settings.method == "graph":
-        return spectral_clusters(coordinates_NK, count, settings.neighbours, seed)
+        return graph_clusters(coordinates_NK, count, settings.neighbours, seed)
     return spherical_kmeans(coordinates_NK, count, seed)
 
 
