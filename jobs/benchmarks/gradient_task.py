@@ -1,11 +1,13 @@
 """What the gradient benchmark computes: a model with a LoRA adapter, and examples of ragged lengths."""
 
+import json
 import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from gradientspace_ray.examples.formats import Record, read_source
 from gradientspace_ray.examples.packing import IGNORED, Example
+from gradientspace_ray.examples.quickstart import quickstart_examples
 from gradientspace_ray.examples.rendering import Renderer, RenderingError
 from gradientspace_ray.gradients.layout import Column
 from gradientspace_ray.gradients.per_sample import PerSampleGradients
@@ -56,6 +59,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 class TaskError(ValueError):
     """Examples that cannot be had; the message says why in one line."""
+
+
+class LabelledExample(NamedTuple):
+    """Tokens of an example, and the conversation they are of."""
+
+    example: Example
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,12 @@ def made_up_examples(count: int, vocabulary: int) -> list[Example]:
 
 
 def read_examples(data: str, count: int, model: str) -> list[Example]:
-    """Equally many from each file, drawn among those of 32 to 512 tokens.
+    """Equally many from each file, drawn among those of 32 to 512 tokens; see `read_labelled_examples`."""
+    return [row.example for row in read_labelled_examples(data, count, model)]
+
+
+def read_labelled_examples(data: str, count: int, model: str) -> list[LabelledExample]:
+    """Equally many from each file, drawn among those of 32 to 512 tokens, with what they say and are about.
 
     Raises:
         TaskError: a file has too few.
@@ -187,17 +202,28 @@ def read_examples(data: str, count: int, model: str) -> list[Example]:
             files[row.source].append(row)
     renderer = Renderer(load_tokenizer(model))
     draw = random.Random(SEED)
-    examples: list[Example] = []
+    examples: list[LabelledExample] = []
     for number, (file, records) in enumerate(files.items()):
         share = count * (number + 1) // len(files) - count * number // len(files)
         draw.shuffle(records)
-        fitting = (example for record in records if (example := _fitting(renderer, record)))
+        fitting = (LabelledExample(example, record) for record in records if (example := _fitting(renderer, record)))
         found = [example for _, example in zip(range(share), fitting, strict=False)]
         if len(found) < share:
             raise TaskError(f"{file}: {len(found)} examples of {SHORTEST} to {LONGEST} tokens, needed are {share}")
         examples += found
     draw.shuffle(examples)
     return examples
+
+
+def mixture_folder(scratch: Path, count: int) -> str:
+    """The built-in mixture in a folder, one file for each skill, with `count` different examples at the least."""
+    folder = scratch / "mixture"
+    folder.mkdir()
+    rows = {json.dumps(row): row for seed in range(2 + count // 200) for row in quickstart_examples(seed)}
+    for text, row in rows.items():
+        with (folder / f"{row['domain']}.jsonl").open("a") as file:
+            file.write(f"{text}\n")
+    return str(folder)
 
 
 def _fitting(renderer: Renderer, record: Record) -> Example | None:

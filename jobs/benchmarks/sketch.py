@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_task import LORA_ALPHA, LORA_RANK, SEED, Task, TaskError, read_examples
+from gradient_task import LORA_ALPHA, LORA_RANK, SEED, Task, TaskError, mixture_folder, read_examples
 from gradients import machine
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +46,6 @@ from sketch_simulation import Simulation, model_costs, show_simulation
 
 from gradientspace_ray.examples.formats import SourceError
 from gradientspace_ray.examples.packing import Example, pack
-from gradientspace_ray.examples.quickstart import quickstart_examples
 from gradientspace_ray.gradients.per_sample import PerSampleGradients
 from gradientspace_ray.models.attention import UnsupportedModelError
 from gradientspace_ray.models.bundled import CHAT_MODEL
@@ -238,7 +237,8 @@ def gradients_in(path: Path, options: argparse.Namespace, scratch: Path, tell: T
             raise TaskError(f"{path} holds the gradients of {facts['of']}, wanted are {of}; name another --cache")
         return facts, True
     warm_up = options.warm_up_steps * WARM_UP_BATCH
-    examples = examples_of(options, options.examples + warm_up, scratch)
+    wanted = options.examples + warm_up
+    examples = read_examples(options.data or mixture_folder(scratch, wanted), wanted, options.model)
     model = add_lora(load_base(options.model, "float32"), LORA_RANK, LORA_ALPHA, "all-linear", SEED)
     engine = PerSampleGradients(model, compute_dtype=as_dtype(dtype))
     task = Task(model, examples[warm_up:], engine.columns, as_dtype(dtype))
@@ -251,23 +251,6 @@ def gradients_in(path: Path, options: argparse.Namespace, scratch: Path, tell: T
     facts = {"of": of, "dimension": task.dimension, "stage": stage}
     facts_path.write_text(json.dumps(facts, indent=2) + "\n")
     return facts, False
-
-
-def examples_of(options: argparse.Namespace, count: int, scratch: Path) -> list[Example]:
-    """Examples of 32 to 512 tokens, as many of each file, or of each skill of the built-in mixture; shuffled.
-
-    Raises:
-        TaskError: there are too few.
-    """
-    if options.data:
-        return read_examples(options.data, count, options.model)
-    folder = scratch / "mixture"
-    folder.mkdir()
-    rows = {json.dumps(row): row for seed in range(2 + count // 200) for row in quickstart_examples(seed)}
-    for text, row in rows.items():
-        with (folder / f"{row['domain']}.jsonl").open("a") as file:
-            file.write(f"{text}\n")
-    return read_examples(str(folder), count, options.model)
 
 
 def train(task: Task, examples: Sequence[Example], tell: Tell) -> None:
