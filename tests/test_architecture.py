@@ -33,6 +33,9 @@ MAY_IMPORT = (
     | {f"stages.{stage}": {*NOUNS, "stages.progress"} for stage in STAGES}
     | {
         "stages.progress": set(),
+        "stages.encode": {*NOUNS, "stages.progress"},
+        "stages.cluster": {*NOUNS, "stages.progress", "stages.encode"},
+        "stages.route": {*NOUNS, "stages.progress", "stages.encode"},
         "stages.repair": {*NOUNS, "stages.progress"},
         "stages.conclude": {*NOUNS, "stages.progress", "stages.merge"},
         "stages.merge": {*NOUNS, "stages.progress", "stages.repair"},
@@ -55,7 +58,7 @@ MAY_IMPORT = (
 MAY_IMPORT_RAY = {"serving", "pipeline", *(name for name in MAY_IMPORT if name.startswith("stages."))}
 CLUSTER_LIBRARIES = {"ray", "deepspeed"}
 # Imports inside functions are for optional packages, and for the command line, which parses before it imports.
-OPTIONAL_PACKAGES = {"datasets", "vllm"}
+OPTIONAL_PACKAGES = {"datasets", "faiss", "vllm"}
 MAX_LINES = 400
 
 

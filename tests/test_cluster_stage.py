@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from safetensors.numpy import load
+from sklearn.metrics import adjusted_rand_score
 from synthetic_run import EXAMPLE_SCHEMA, synthetic_recipe
 from test_clusters import planted
 
@@ -29,16 +30,21 @@ def make_run(folder, sizes=SIZES, labelled=True, rows_NK=None):
         "sketch/coordinates.parquet",
         pa.table({"id": ids, "coordinates": pa.array(rows_NK.tolist(), pa.list_(pa.float32()))}),
     )
+    projection = pa.array(np.pad(rows_NK, ((0, 0), (0, 128 - rows_NK.shape[1]))).tolist(), pa.list_(pa.float32()))
+    run.write_table("sketch/projection.parquet", pa.table({"id": ids, "projection": projection}))
     examples = []
-    for id_, group in zip(ids, truth, strict=True):
-        messages = [{"role": "user", "content": f"Tell me of the {WORDS[group][0]} and the {WORDS[group][1]}"}]
-        examples.append({"id": id_, "messages": messages, "domain": WORDS[group][0] if labelled else None})
+    for place, (id_, group) in enumerate(zip(ids, truth, strict=True)):
+        prompt = f"Tell me of the {WORDS[group][0]} and the {WORDS[group][1]}"
+        messages = [{"role": "user", "content": prompt}]
+        domain = WORDS[group][0] if labelled else None
+        tokens = {"tokens": 50 + place, "label_tokens": 20 + place}
+        examples.append({"id": id_, "messages": messages, "prompt": prompt, "domain": domain, **tokens})
     run.write_table("examples/train.parquet", pa.Table.from_pylist(examples[::-1], schema=EXAMPLE_SCHEMA))
     return run, truth
 
 
 def recipe_for(**clusters):
-    return synthetic_recipe("model", "encoder", clusters=clusters)
+    return synthetic_recipe("model", "encoder", clusters=clusters, sketch={"projection": 128})
 
 
 @pytest.mark.parametrize("method", ["graph", "kmeans"])
@@ -80,6 +86,75 @@ def test_it_repeats_to_the_byte_and_does_not_read_the_labels(tmp_path):
     assert cluster(recipe_for(), blind).output == first.output
     quality = json.loads(blind.read_bytes("clusters/quality.json"))
     assert not {"ari", "nmi", "purity"} & set(quality)
+
+
+def test_tokens_and_length_are_judged(tmp_path):
+    run, truth = make_run(tmp_path)
+    cluster(recipe_for(), run)
+    quality = run.read_json("clusters/quality.json")
+    tokens_N = 50 + np.arange(sum(SIZES))
+    assert quality["tokens"] == [int(tokens_N[truth == group].sum()) for group in (1, 2, 0)]
+    assert quality["response_tokens"][0] == int((tokens_N - 30)[truth == 1].sum())
+    assert quality["length"]["longer"][1:] == [1, 0]
+    assert quality["nn_purity"] > 0.95
+    assert quality["variance_inside"]["share"] < quality["variance_inside"]["at_random"]
+    # Words tell these clusters apart as well as length does.
+    assert quality["called"] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("method", "found"), [("random", 0.0), ("length", 0.6), ("random_projection_64", 0.9), ("kmeans", 0.9)]
+)
+def test_every_method_makes_as_many_clusters_as_the_gradients_have(tmp_path, method, found):
+    run, truth = make_run(tmp_path)
+    recipe = recipe_for(method=method)
+    summary = cluster(recipe, run)
+    labels = run.read_table("clusters/assignments.parquet")["cluster"].to_numpy()
+    assert summary.counts["clusters"] == 3
+    assert adjusted_rand_score(truth, labels) == pytest.approx(found, abs=0.25)
+    before = {name: run.read_bytes(name) for name in FILES}
+    assert cluster(recipe, run) == summary
+    assert before == {name: run.read_bytes(name) for name in FILES}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_embeddings_are_those_of_the_prompts_whatever_the_number_of_workers(tmp_path, tiny_encoder_dir):
+    run, truth = make_run(tmp_path)
+    results = []
+    for workers in (1, 3):
+        recipe = synthetic_recipe("model", tiny_encoder_dir, clusters={"method": "embedding", "count": 3})
+        evaluate = recipe.evaluate.model_copy(update={"workers": workers})
+        cluster(recipe.model_copy(update={"evaluate": evaluate}), run)
+        results.append([run.read_bytes(name) for name in FILES])
+    assert results[0] == results[1]
+    # There are three prompts.
+    assert adjusted_rand_score(truth, run.read_table("clusters/assignments.parquet")["cluster"].to_numpy()) == 1
+
+
+def test_outliers_may_be_left_out(tmp_path):
+    rows_NK, _ = planted(SIZES, 0.08)
+    strange = np.zeros((len(rows_NK) + 3, rows_NK.shape[1] + 2))
+    strange[:-3, :-2], strange[-3:-1, -2:] = rows_NK, np.eye(2)
+    run, _ = make_run(tmp_path, rows_NK=strange)
+    summary = cluster(recipe_for(outliers="leave_out"), run)
+    labels = run.read_table("clusters/assignments.parquet")["cluster"].to_numpy()
+    assert set(labels[-3:]) == {-1}
+    assert set(labels[:-3]) >= {0, 1, 2}
+    left_out = run.read_json("clusters/quality.json")["left_out"]
+    assert left_out["examples"] == (labels == -1).sum() < 12
+    assert summary.made.endswith(f"; {left_out['examples']} left out")
+    cluster(recipe_for(), run)
+    assert run.read_json("clusters/quality.json")["left_out"]["examples"] == 0
+    everything_is_one, _ = make_run(tmp_path / "zero", rows_NK=np.zeros((9, 4)))
+    assert cluster(recipe_for(outliers="leave_out"), everything_is_one).made.endswith(" 9")
+
+
+def test_a_projection_of_other_examples_is_refused(tmp_path):
+    run, _ = make_run(tmp_path)
+    run.write_table("sketch/projection.parquet", run.read_table("sketch/projection.parquet").slice(1))
+    with pytest.raises(RunError, match=r"projection.parquet is not about .*; run the gradients stage again"):
+        cluster(recipe_for(method="random_projection_64"), run)
 
 
 def test_the_count_may_be_given_and_small_clusters_are_merged(tmp_path):

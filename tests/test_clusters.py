@@ -9,7 +9,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from gradientspace_ray.clusters import graph
-from gradientspace_ray.clusters.graph import laplacian_eigenmap, neighbour_graph, graph_clusters, unit_rows
+from gradientspace_ray.clusters.graph import graph_clusters, laplacian_eigenmap, neighbour_graph, unit_rows
 from gradientspace_ray.clusters.kmeans import centroids, spherical_kmeans
 from gradientspace_ray.clusters.selection import by_size, choose_count, merge_small
 
@@ -39,7 +39,7 @@ def test_the_planted_number_is_chosen(sizes, method):
     subspace = 2 if method == "graph" else 40
     for seed, cosine in ((0, 0.05), (1, 0.1)):
         coordinates_NK, truth = planted(sizes, cosine, seed, subspace=subspace)
-        count, candidates = choose_count(coordinates_NK, 8, method, seed)
+        count, candidates = choose_count(coordinates_NK, 8, method, 10, seed)
         assert count == len(sizes), candidates
         assert candidates[count]["stability"] > 0.95
         if method == "graph":
@@ -51,20 +51,20 @@ def test_the_planted_number_is_chosen(sizes, method):
 
 def test_uneven_groups_are_found_by_their_neighbourhoods():
     coordinates_NK, truth = planted((100, 60, 40, 25), 0.07)
-    assert choose_count(coordinates_NK, 8, "graph", 0)[0] == 4
+    assert choose_count(coordinates_NK, 8, "graph", 10, 0)[0] == 4
     assert adjusted_rand_score(truth, graph_clusters(coordinates_NK, 4, 10, 0)) > 0.97
 
 
 def test_noise_is_one_cluster():
     noise_NK = np.random.default_rng(0).normal(size=(120, 16))
-    count, candidates = choose_count(noise_NK, 6, "graph", 0)
+    count, candidates = choose_count(noise_NK, 6, "graph", 10, 0)
     assert count == 1
     assert set(candidates) == {1, 2, 3, 4, 5, 6}
 
 
 def test_choice_and_clusters_repeat():
     coordinates_NK, _ = planted((20, 20, 20), 0.07)
-    assert choose_count(coordinates_NK, 5, "graph", 3) == choose_count(coordinates_NK, 5, "graph", 3)
+    assert choose_count(coordinates_NK, 5, "graph", 10, 3) == choose_count(coordinates_NK, 5, "graph", 10, 3)
     first, second = (graph_clusters(coordinates_NK, 3, 10, 3) for _ in range(2))
     assert np.array_equal(first, second)
 
@@ -119,7 +119,7 @@ def test_gradients_of_zero_do_not_spoil_the_clusters(size, method):
     }[method]()
     assert adjusted_rand_score(truth[order[real]], labels[real]) == 1
     assert set(labels[~real]) == {np.bincount(labels[real]).argmax()}
-    assert choose_count(rows_NK[order], 6, method, 0)[0] == 3
+    assert choose_count(rows_NK[order], 6, method, 10, 0)[0] == 3
 
 
 def test_rounding_is_no_direction():
@@ -154,11 +154,11 @@ def test_degenerate_input_gives_a_sane_answer(method):
     alike = np.ones((12, 3))
     zero = np.zeros((12, 3))
     for rows_NK in (one, alike, zero, np.eye(2), np.eye(3)):
-        assert choose_count(rows_NK, 6, method, 0) == (1, {})
+        assert choose_count(rows_NK, 6, method, 10, 0) == (1, {})
     two_places = np.repeat(np.eye(2), 6, axis=0)
-    assert choose_count(two_places, 6, method, 0)[0] == 2
+    assert choose_count(two_places, 6, method, 10, 0)[0] == 2
     with_zero_row = np.concatenate([planted((15, 15), 0.1)[0], np.zeros((1, 30))])
-    assert choose_count(with_zero_row, 4, method, 0)[0] == 2
+    assert choose_count(with_zero_row, 4, method, 10, 0)[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_counts_that_cannot_be(cluster):
     with pytest.raises(ValueError, match="example 2 are not finite"):
         cluster(bad, 2)
     with pytest.raises(ValueError, match="at least one example"):
-        choose_count(np.zeros((0, 3)), 2, "graph", 0)
+        choose_count(np.zeros((0, 3)), 2, "graph", 10, 0)
 
 
 def test_centroids_are_unit_means():

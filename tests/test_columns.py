@@ -10,14 +10,14 @@ from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.sketch.columns import (
     COORDINATES,
     SketchError,
-    decode,
-    encode,
     is_complete,
     load_sketch,
     open_sketch,
+    save_shard,
     save_sketch,
     save_sums,
 )
+from gradientspace_ray.sketch.encoding import decode, encode
 from gradientspace_ray.sketch.online_svd import OnlineSVD
 from gradientspace_ray.sketch.refinement import Refinement
 
@@ -206,6 +206,26 @@ def test_ids_must_fit(store):
         save_sketch(store, "a", saved(store, "b", 0), ["x"])
     with pytest.raises(ValueError, match="0 examples cannot be saved with 0 ids"):
         save_sketch(store, "a", OnlineSVD(2), [])
+
+
+@pytest.mark.parametrize("make", [lambda: OnlineSVD(6), lambda: Refinement(torch.eye(3, WIDTH))], ids=["svd", "sums"])
+def test_a_projection_is_kept_beside_the_coordinates(store, make):
+    made, ids = make(), [f"0-{i}" for i in range(12)]
+    made.update(rows_of(0))
+    projections = [rows_of(1, 7)[:, :5], rows_of(2, 5)[:, :5]]
+    record = save_shard(store, "a", made, ids, 6, "zero", projections)
+    assert (record.name, record.rank, record.ids) == ("zero", 6, ids)
+    saved_at = open_sketch(store, "a")
+    assert torch.equal(saved_at.projection(), torch.cat(projections))
+    assert saved_at.projection().dtype == torch.float32
+    # What is merged does not read it.
+    assert saved_at.small().keys() == {"coordinates", "row_energies"}
+    without = save_shard(store, "b", made, ids, 6, "zero")
+    with pytest.raises(SketchError, match=f"b/{COORDINATES} holds no projection"):
+        open_sketch(store, "b").projection()
+    assert {name for name, file in record.files.items() if without.files[name] != file} == {COORDINATES}
+    with pytest.raises(ValueError, match="12 examples cannot be saved with 7 projections"):
+        save_shard(store, "c", made, ids, 6, "zero", projections[:1])
 
 
 def test_completeness_is_seen_without_reading(store, tmp_path):

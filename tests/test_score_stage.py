@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
@@ -10,9 +11,10 @@ from synthetic_run import synthetic_recipe, synthetic_run
 from transformers import AutoModelForCausalLM
 
 from gradientspace_ray.registry import adapter_digest, read_registry
-from gradientspace_ray.router.classifier import Router
+from gradientspace_ray.router.classifier import HEAD_FILE, SETTINGS_FILE, Router
+from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.run import RunError
-from gradientspace_ray.stages import report, route, score
+from gradientspace_ray.stages import encode, report, route, score
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -141,3 +143,50 @@ def test_a_missing_expert_is_named(recipe, tiny_model_dir, tmp_path):
     run.delete(f"experts/{lost}")
     with pytest.raises(RunError, match=r"expert-b.*run the experts stage again"):
         score.score(recipe, run, "test")
+
+
+@pytest.mark.parametrize("splits", [("train", "validation"), ("train",), ("test", "validation")])
+def test_encodings_are_those_of_the_prompts_in_the_order_of_the_file(recipe, tiny_model_dir, tmp_path, splits):
+    run = synthetic_run(tmp_path, tiny_model_dir, test=0, single_lora=False)
+    encoder = PromptEncoder(recipe.router.encoder, recipe.router.max_tokens)
+    parts = encode.encodings(recipe, run, splits)
+    for split, found_NH in zip(splits, parts, strict=True):
+        prompts = run.read_table(f"examples/{split}.parquet", ["prompt"])["prompt"].to_pylist()
+        assert found_NH.dtype == np.float32
+        np.testing.assert_allclose(found_NH, encoder.encode(prompts), atol=1e-6)
+
+
+def test_encodings_do_not_depend_on_the_number_of_workers(tiny_model_dir, tiny_encoder_dir, tmp_path):
+    run = synthetic_run(tmp_path, tiny_model_dir, validation=100, single_lora=False)
+    found = []
+    for workers in (1, 2, 3):
+        recipe = synthetic_recipe(tiny_model_dir, tiny_encoder_dir, evaluate={"workers": workers})
+        found.append(np.concatenate(encode.encodings(recipe, run, ("train", "validation"))))
+    assert all(np.array_equal(found[0], other_NH) for other_NH in found[1:])
+
+
+def test_outliers_teach_the_router_nothing(recipe, tiny_model_dir, tmp_path):
+    runs = [synthetic_run(tmp_path / kind, tiny_model_dir, single_lora=False) for kind in ("outliers", "skipped")]
+    assignments = runs[0].read_table("clusters/assignments.parquet")
+    kept = np.arange(len(assignments)) % 3 > 0
+    clusters = pa.array(np.where(kept, assignments["cluster"].to_numpy(), -1), pa.int32())
+    runs[0].write_table("clusters/assignments.parquet", pa.table({"id": assignments["id"], "cluster": clusters}))
+    runs[1].write_table("clusters/assignments.parquet", assignments.filter(pa.array(kept)))
+    for run in runs:
+        places, labels = route._clusters(run)
+        assert np.array_equal(places, np.flatnonzero(kept))
+        assert np.array_equal(labels, places % 2)
+        score.score(recipe, run, "validation")
+        route.router(recipe, run)
+    for file in (HEAD_FILE, SETTINGS_FILE):
+        assert runs[0].read_bytes(f"router/{file}") == runs[1].read_bytes(f"router/{file}")
+
+
+def test_outliers_are_no_experts_domain(tiny_model_dir, tmp_path):
+    run = synthetic_run(tmp_path, tiny_model_dir, single_lora=False)
+    ids = run.read_table("clusters/assignments.parquet")["id"].to_pylist()
+    # Sums and stories in turn: the stories are the first expert's but for one, and the sums but for one are nobody's.
+    clusters = [0, 1] + [-1, 0] * (len(ids) // 2 - 1)
+    run.write_table("clusters/assignments.parquet", pa.table({"id": ids, "cluster": pa.array(clusters, pa.int32())}))
+    majority = score._majority_domains(run, ("expert-a", "expert-b"))
+    assert majority == {"expert-a": "stories", "expert-b": "stories"}

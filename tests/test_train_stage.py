@@ -45,7 +45,7 @@ def on_ray(test):
     return pytest.mark.ray(pytest.mark.slow(test))
 
 
-def write_examples(run, examples):
+def write_examples(run, examples, clusters=CLUSTERS):
     columns = {
         "id": pa.array([f"{index:016x}" for index in range(len(examples))]),
         "input_ids": pa.array([ids for ids, _ in examples], pa.list_(pa.int32())),
@@ -54,7 +54,7 @@ def write_examples(run, examples):
     }
     run.write_table("examples/train.parquet", pa.table(columns))
     run.write_table(
-        "clusters/assignments.parquet", pa.table({"id": columns["id"], "cluster": pa.array(CLUSTERS, pa.int32())})
+        "clusters/assignments.parquet", pa.table({"id": columns["id"], "cluster": pa.array(clusters, pa.int32())})
     )
     run.write_json("clusters/quality.json", {"count": 2, "names": NAMES})
 
@@ -184,6 +184,37 @@ def test_an_expert_whose_digest_is_not_that_of_its_files_is_not_committed(empty_
     assert train._committed(empty_run, finetune_of(0)) is None
     other = write_adapter(empty_run, 0, b"other weights")
     assert train._committed(empty_run, finetune_of(0)).folder == other
+
+
+def test_the_single_lora_sees_what_the_experts_see_and_the_generalist_everything(empty_run, tiny_model_dir):
+    left_out = {0, 3, 30}
+    recipe = recipe_for(tiny_model_dir)
+    write_adapter(empty_run, None)
+    plans = {}
+    for kind, places in (("all", set()), ("some", left_out)):
+        clusters = [-1 if place in places else cluster for place, cluster in enumerate(CLUSTERS)]
+        write_examples(empty_run, EXAMPLES, clusters)
+        plans[kind] = {
+            "generalist": train._plan(recipe, empty_run, "generalist", "warmup", None, None),
+            "single_lora": train._plan(recipe, empty_run, "single_lora", "experts", None, "generalist"),
+            0: train._plan(recipe, empty_run, "low-bytes", "experts", 0, "generalist"),
+            1: train._plan(recipe, empty_run, "high-bytes", "experts", 1, "generalist"),
+        }
+    tokens = {kind: {name: plan.tokens for name, plan in own.items()} for kind, own in plans.items()}
+    lengths = [len(ids) for ids, _ in EXAMPLES]
+    assert plans["some"]["generalist"] == plans["all"]["generalist"]
+    assert tokens["all"]["generalist"] == tokens["all"]["single_lora"] == sum(lengths)
+    assert tokens["some"]["single_lora"] == sum(lengths) - sum(lengths[place] for place in left_out)
+    for own in tokens.values():
+        assert own["single_lora"] == own[0] + own[1]
+    assert plans["some"]["single_lora"].key != plans["all"]["single_lora"].key
+
+    table = train._examples(empty_run, "experts", None, ["input_ids"])
+    kept = [list(ids) for place, (ids, _) in enumerate(EXAMPLES) if place not in left_out]
+    assert table["input_ids"].to_pylist() == kept
+    write_examples(empty_run, EXAMPLES, [0] * len(EXAMPLES))
+    with pytest.raises(TrainingError, match=r"cluster 1 of clusters/assignments.parquet holds no training examples"):
+        train._examples(empty_run, "experts", 1, ["input_ids"])
 
 
 @on_ray

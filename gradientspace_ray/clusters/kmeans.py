@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from gradientspace_ray.clusters.rows import FIT_EXAMPLES, around_zero_rows, check_count, sample, unit_rows
+from gradientspace_ray.clusters.sums import cluster_sums
 
 STARTS = 10
 """Starts of k-means, the best of which is kept."""
@@ -45,13 +46,13 @@ def centroids(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
 
     Args:
         coordinates_NK: coordinates of the examples.
-        labels_N: cluster of each, 0 .. C - 1, every one present; -1 for an example of none.
+        labels_N: cluster of each, 0 .. C - 1, every one present; below 0 for an example of none.
 
     Returns:
         [C, K] float64; zero where a cluster's examples cancel out or are all zero.
     """
-    unit_NK = unit_rows(coordinates_NK)
-    return unit_rows(np.stack([unit_NK[labels_N == label].mean(axis=0) for label in range(labels_N.max() + 1)]))
+    counts_C, sums_CK, _ = cluster_sums(coordinates_NK, labels_N)
+    return unit_rows(sums_CK / counts_C[:, None])
 
 
 def fit_kmeans(rows_NK: np.ndarray, count: int, seed: int) -> KMeans:

@@ -119,7 +119,8 @@ def _faiss(places_LK: np.ndarray, unit_QK: np.ndarray, neighbours: int) -> tuple
     try:
         import faiss
     except ImportError as error:
-        raise ValueError("clusters.search faiss: FAISS is not installed; pip install 'gradientspace-ray[faiss]'") from error
+        mend = "pip install 'gradientspace-ray[faiss]'"
+        raise ValueError(f"clusters.search faiss: FAISS is not installed; {mend}") from error
     index = faiss.IndexFlatIP(places_LK.shape[1])
     index.add(np.ascontiguousarray(places_LK, dtype=np.float32))
     cosines_QM, indices_QM = index.search(np.ascontiguousarray(unit_QK, dtype=np.float32), neighbours)

@@ -1,28 +1,87 @@
-"""What clusters are worth, and what they are about.
+"""What clusters are worth.
 
-Shapes: N examples, K coordinates, C clusters, V terms.
+Shapes: N examples, K coordinates, C clusters. A label below 0 is an example that was left out of every cluster: it is
+counted as such, and not judged.
 """
 
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+from scipy.stats import rankdata
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
-from gradientspace_ray.clusters.graph import unit_rows
-from gradientspace_ray.clusters.kmeans import centroids
+from gradientspace_ray.clusters.neighbours import nearest_others
+from gradientspace_ray.clusters.rows import sample
+from gradientspace_ray.clusters.sums import cluster_count, cluster_sums, row_lengths, unit_at
 
 PAIR_EXAMPLES = 2000
 """Pairs are counted among a sample of this many examples."""
+NEIGHBOUR_EXAMPLES = 20_000
+"""Nearest neighbours are sought within a sample of this many examples."""
+STABILITY_EXAMPLES, STABILITY_REPEATS = 2000, 10
 SUBSAMPLE_SHARE = 0.8
-MAX_TERMS = 20000
-MAX_SLUG_CHARACTERS = 24
-"""Of one term: names become folder names, which have a limit."""
-WORD = r"(?u)\b[^\W\d_][\w]*[^\W\d_]\b"
-"""Two characters or more, a letter at both ends."""
+NEGLIGIBLE_VARIANCE = 1e-9
+"""Of the squared lengths: below it, examples differ by rounding."""
+
+
+def judge(
+    coordinates_NK: np.ndarray,
+    labels_N: np.ndarray,
+    *,
+    domains: Sequence[str | None],
+    tokens_N: np.ndarray,
+    response_tokens_N: np.ndarray,
+    cluster_again: Callable[[np.ndarray], np.ndarray],
+    seed: int,
+) -> dict[str, Any]:
+    """Contents of `quality.json`, all but what the clusters are about.
+
+    Time and memory are linear in N, without a second copy of the coordinates; what looks at pairs looks at samples.
+
+    Args:
+        coordinates_NK: float32 or float64; scaled to unit length here.
+        labels_N: cluster of each example, 0 .. C - 1, every one present; below 0 where it was left out.
+        domains: the data's own label of each example, None where it has none; decides nothing but the last four keys.
+        tokens_N: tokens of each example.
+        response_tokens_N: tokens of its answers.
+        cluster_again: indices of examples -> labels that the same method gives them alone.
+        seed: decides the samples.
+
+    Returns:
+        What `json` can write; lists have one entry for each cluster:
+        `count`: C.
+        `sizes`, `tokens`, `response_tokens`: examples of a cluster, their tokens, those of their answers.
+        `left_out`: `examples`, `tokens` and `response_tokens` that are in no cluster.
+        `coherence`: see `coherence`.
+        `conflicting_pairs`: `inside` and `between`, see `conflicting_pairs`.
+        `variance_inside`: `share` and `at_random`, see `variance_inside`.
+        `stability`: see `stability`; of at most 2,000 examples, 10 times.
+        `length`: `explained` and `longer`, see `length`.
+        `ari`, `nmi`, `purity`: see `agreement`; `nn_purity`: see `nearest_neighbour_purity`. Absent without labels.
+    """
+    places = sample(len(labels_N), STABILITY_EXAMPLES, [seed, 3])
+    left_out = labels_N < 0
+    purity = nearest_neighbour_purity(coordinates_NK, domains, seed)
+    return {
+        "count": cluster_count(labels_N),
+        "sizes": _totals(labels_N, np.ones(len(labels_N))),
+        "tokens": _totals(labels_N, tokens_N),
+        "response_tokens": _totals(labels_N, response_tokens_N),
+        "left_out": {
+            "examples": int(left_out.sum()),
+            "tokens": int(tokens_N[left_out].sum()),
+            "response_tokens": int(response_tokens_N[left_out].sum()),
+        },
+        "coherence": coherence(coordinates_NK, labels_N),
+        "conflicting_pairs": conflicting_pairs(coordinates_NK, labels_N, seed),
+        "variance_inside": variance_inside(coordinates_NK, labels_N),
+        "stability": stability(labels_N[places], lambda chosen: cluster_again(places[chosen]), STABILITY_REPEATS, seed),
+        "length": length(labels_N, response_tokens_N),
+        **agreement(labels_N, domains),
+        **({} if purity is None else {"nn_purity": purity}),
+    }
 
 
 def coherence(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> list[float]:
@@ -30,14 +89,33 @@ def coherence(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> list[float]:
 
     From the length of the sum of the n unit vectors, (|sum|^2 - n) / (n (n - 1)), so no pair is formed.
     """
-    unit_NK = unit_rows(coordinates_NK)
-    means = []
-    for label in range(labels_N.max() + 1):
-        rows = unit_NK[labels_N == label]
-        pairs = len(rows) * (len(rows) - 1)
-        squares = float(np.square(rows).sum())
-        means.append((float(np.square(rows.sum(axis=0)).sum()) - squares) / pairs if pairs else 1.0)
-    return means
+    counts_C, sums_CK, squares_C = cluster_sums(coordinates_NK, labels_N)
+    pairs_C = counts_C * (counts_C - 1.0)
+    totals_C = np.square(sums_CK).sum(axis=1) - squares_C
+    return np.divide(totals_C, pairs_C, out=np.ones_like(pairs_C), where=pairs_C > 0).tolist()
+
+
+def variance_inside(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
+    """How much of the unit coordinates' variance is left inside the clusters.
+
+    Returns:
+        `share`: squared distances to the own cluster's mean over those to the mean of all, 0 .. 1; 1 for one cluster,
+        and where the examples are all alike, so that there is nothing to explain. `at_random`: what to expect of
+        clusters of the same sizes drawn at random, (N - C) / (N - 1): the degrees of freedom of a one-way analysis of
+        variance.
+    """
+    counts_C, sums_CK, squares_C = cluster_sums(coordinates_NK, labels_N)
+    examples = int(counts_C.sum())
+    if examples < 2:
+        return {"share": 1.0, "at_random": 1.0}
+    of_mean = np.square(sums_CK.sum(axis=0)).sum() / examples
+    total = squares_C.sum() - of_mean
+    between = (np.square(sums_CK).sum(axis=1) / np.maximum(counts_C, 1)).sum() - of_mean
+    explained = between / total if total > NEGLIGIBLE_VARIANCE * squares_C.sum() else 0.0
+    return {
+        "share": float(np.clip(1 - explained, 0, 1)),
+        "at_random": (examples - len(counts_C)) / (examples - 1),
+    }
 
 
 def conflicting_pairs(coordinates_NK: np.ndarray, labels_N: np.ndarray, seed: int) -> dict[str, float | None]:
@@ -51,14 +129,40 @@ def conflicting_pairs(coordinates_NK: np.ndarray, labels_N: np.ndarray, seed: in
     Returns:
         `inside` clusters and `between` them; None where there is no pair.
     """
-    chosen = sample(len(labels_N), PAIR_EXAMPLES, [seed, 1])
-    unit_NK, labels = unit_rows(coordinates_NK)[chosen], labels_N[chosen]
+    placed = np.flatnonzero(labels_N >= 0)
+    chosen = placed[sample(len(placed), PAIR_EXAMPLES, [seed, 1])]
+    unit_SK, labels_S = unit_at(coordinates_NK, chosen), labels_N[chosen]
     upper = np.triu_indices(len(chosen), k=1)
-    conflicts = (unit_NK @ unit_NK.T)[upper] < -1e-9
-    inside = (labels[:, None] == labels)[upper]
+    conflicts = (unit_SK @ unit_SK.T)[upper] < -1e-9
+    inside = (labels_S[:, None] == labels_S)[upper]
     return {
         name: float(conflicts[pairs].mean()) if pairs.any() else None
         for name, pairs in (("inside", inside), ("between", ~inside))
+    }
+
+
+def length(labels_N: np.ndarray, response_tokens_N: np.ndarray) -> dict[str, Any]:
+    """How much the clusters have to do with the length of the answers.
+
+    Returns:
+        `explained`: share of the variance of log tokens that lies between clusters (the correlation ratio eta^2), 0 for
+        one cluster and where all answers are equally long. `longer`: for each cluster, the probability that an answer
+        of it is longer than one of another, ties counted half (the area under the ROC curve, from the Mann-Whitney U);
+        None for one cluster.
+    """
+    placed = labels_N >= 0
+    labels, tokens = labels_N[placed], response_tokens_N[placed]
+    sizes_C = np.bincount(labels)
+    logs = np.log(np.maximum(tokens, 1))
+    deviations = logs - (logs.mean() if len(logs) else 0.0)
+    total = float(np.square(deviations).sum())
+    between = float((np.bincount(labels, deviations) ** 2 / np.maximum(sizes_C, 1)).sum())
+    above_C = np.bincount(labels, rankdata(tokens)) - sizes_C * (sizes_C + 1) / 2
+    pairs_C = sizes_C * (len(labels) - sizes_C)
+    is_varied = len(sizes_C) > 1 and total > NEGLIGIBLE_VARIANCE * max(float(np.square(logs).sum()), 1.0)
+    return {
+        "explained": min(between / total, 1.0) if is_varied else 0.0,
+        "longer": [float(above / pairs) if pairs else None for above, pairs in zip(above_C, pairs_C, strict=True)],
     }
 
 
@@ -70,7 +174,7 @@ def stability(
     (von Luxburg, "Clustering stability: an overview", 2010; subsamples of 80 % without replacement.)
 
     Args:
-        labels_N: cluster of each example.
+        labels_N: cluster of each example; subsamples are drawn from those that have one.
         cluster_again: indices of a subsample -> its labels.
         repeats: number of subsamples.
         seed: decides the subsamples.
@@ -78,9 +182,10 @@ def stability(
     Returns:
         About 0 for chance, 1 for the same clusters each time; None for fewer than 3 examples.
     """
-    if len(labels_N) < 3:
+    placed = np.flatnonzero(labels_N >= 0)
+    if len(placed) < 3:
         return None
-    subsamples = subsample_indices(len(labels_N), repeats, seed)
+    subsamples = [placed[chosen] for chosen in subsample_indices(len(placed), repeats, seed)]
     return float(np.mean([adjusted_rand_score(labels_N[chosen], cluster_again(chosen)) for chosen in subsamples]))
 
 
@@ -90,94 +195,48 @@ def subsample_indices(examples: int, repeats: int, seed: int) -> list[np.ndarray
     return [sample(examples, size, [seed, 2, repeat]) for repeat in range(repeats)]
 
 
-def sample(examples: int, size: int, seed: Sequence[int]) -> np.ndarray:
-    """Sorted indices of at most `size` of the examples, drawn without replacement."""
-    if examples <= size:
-        return np.arange(examples)
-    return np.sort(np.random.default_rng(seed).choice(examples, size, replace=False))
-
-
 def agreement(labels_N: np.ndarray, truth: Sequence[str | None]) -> dict[str, float]:
-    """ARI, NMI and purity against known labels, over the examples that have one; empty when none has.
+    """ARI, NMI and purity against known labels, over the examples that have one and a cluster; empty when none has.
 
     Purity is the share of examples whose label is the most frequent one of their cluster.
     """
-    known = np.array([label is not None for label in truth], dtype=bool)
-    if not known.any():
+    truth_N = _numbered(truth)
+    judged = (truth_N >= 0) & (labels_N >= 0)
+    if not judged.any():
         return {}
-    found, wanted = labels_N[known], [label for label in truth if label is not None]
+    found, wanted = labels_N[judged], truth_N[judged]
     return {
         "ari": float(adjusted_rand_score(wanted, found)),
         "nmi": float(normalized_mutual_info_score(wanted, found)),
-        "purity": float(contingency_matrix(wanted, found).max(axis=0).sum() / len(wanted)),
+        "purity": float(contingency_matrix(wanted, found, sparse=True).max(axis=0).sum() / len(wanted)),
     }
 
 
-def distinguishing_terms(texts: Sequence[str], labels_N: np.ndarray, count: int) -> list[list[str]]:
-    """Words that tell one cluster's texts from the others', best first.
+def nearest_neighbour_purity(coordinates_NK: np.ndarray, truth: Sequence[str | None], seed: int) -> float | None:
+    """Share of examples whose nearest neighbour by cosine has the same known label: worth of features, not of clusters.
 
-    Class-based TF-IDF (Grootendorst, arXiv 2203.05794, eq. 2), on the share of a cluster's texts that hold a word, not
-    on the number of times, so that one long text does not speak for its cluster:
-        score(t, c) = share(t, c) log(1 + 1 / sum_c share(t, c)),
-    and only words more frequent in c than in the other clusters on average are taken.
-
-    Args:
-        texts: one for each example.
-        labels_N: cluster of each.
-        count: terms wanted; fewer where there are no more.
+    Zero rows, which have no direction, and examples without a label take no part; those left out of the clusters do.
+    Of many examples a sample of 20,000 is looked at.
 
     Returns:
-        One list for each cluster.
+        0 .. 1; None for fewer than two such examples.
     """
-    clusters = int(labels_N.max()) + 1
-    vectorizer = CountVectorizer(
-        binary=True, token_pattern=WORD, stop_words=sorted(ENGLISH_STOP_WORDS), max_features=MAX_TERMS
-    )
-    try:
-        held_NV = vectorizer.fit_transform(texts)
-    except ValueError:
-        # scikit-learn's way of saying that the texts have no words.
-        return [[] for _ in range(clusters)]
-    terms = vectorizer.get_feature_names_out()
-    shares_CV = np.stack([np.asarray(held_NV[labels_N == label].mean(axis=0)).ravel() for label in range(clusters)])
-    total_V = shares_CV.sum(axis=0)
-    scores_CV = shares_CV * np.log1p(1 / total_V)
-    if clusters > 1:
-        others_CV = (total_V - shares_CV) / (clusters - 1)
-        scores_CV = np.where(shares_CV > others_CV + 1e-9, scores_CV, 0)
-    best_CV = np.argsort(-scores_CV, axis=1, kind="stable")[:, :count]
-    return [
-        [str(terms[index]) for index in best_V if scores_V[index] > 0]
-        for best_V, scores_V in zip(best_CV, scores_CV, strict=True)
-    ]
+    truth_N = _numbered(truth)
+    known = np.flatnonzero((truth_N >= 0) & (row_lengths(coordinates_NK) > 0))
+    if len(known) < 2:
+        return None
+    chosen = known[sample(len(known), NEIGHBOUR_EXAMPLES, [seed, 5])]
+    _, nearest_S1 = nearest_others(unit_at(coordinates_NK, chosen), 1)
+    truth_S = truth_N[chosen]
+    return float((truth_S[nearest_S1[:, 0]] == truth_S).mean())
 
 
-def cluster_names(terms: Sequence[Sequence[str]], reserved: Sequence[str] = ()) -> list[str]:
-    """Unique slugs of `[a-z0-9-]` from each cluster's first two terms; `cluster-<index>` where nothing is left of them.
-
-    A name that is reserved, or that an earlier cluster has, gets its cluster's index behind it.
-    """
-    names: list[str] = []
-    for index, words in enumerate(terms):
-        slugs = list(dict.fromkeys(slug for word in words if (slug := _slug(word))))
-        name = "-".join(slugs[:2]) or f"cluster-{index}"
-        while name in names or name in reserved:
-            name = f"{name}-{index}"
-        names.append(name)
-    return names
+def _numbered(truth: Sequence[str | None]) -> np.ndarray:
+    """Labels as numbers in order of appearance, -1 for None, [N] int64."""
+    numbers: dict[str, int] = {}
+    return np.array([-1 if name is None else numbers.setdefault(name, len(numbers)) for name in truth], dtype=np.int64)
 
 
-def typical(ids: Sequence[str], coordinates_NK: np.ndarray, labels_N: np.ndarray, count: int) -> list[list[str]]:
-    """Ids of the examples nearest each cluster's middle, by cosine, nearest first."""
-    closeness_NC = unit_rows(coordinates_NK) @ centroids(coordinates_NK, labels_N).T
-    nearest = []
-    for label in range(labels_N.max() + 1):
-        members = np.flatnonzero(labels_N == label)
-        order = np.argsort(-closeness_NC[members, label], kind="stable")[:count]
-        nearest.append([ids[index] for index in members[order]])
-    return nearest
-
-
-def _slug(word: str) -> str:
-    plain = unicodedata.normalize("NFKD", word).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:MAX_SLUG_CHARACTERS].strip("-")
+def _totals(labels_N: np.ndarray, amounts_N: np.ndarray) -> list[int]:
+    placed = labels_N >= 0
+    return np.bincount(labels_N[placed], amounts_N[placed]).astype(int).tolist()

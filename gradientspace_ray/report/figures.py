@@ -12,6 +12,8 @@ import numpy as np
 
 WIDTH = 720
 PALETTE_SIZE = 12
+LEFT_OUT = -1
+"""Group of a dot that belongs to none."""
 ROW_PX = 30
 CHARACTER_PX = 7.2
 """Width of a character of the page's text, generous: fonts differ."""
@@ -43,8 +45,8 @@ class Cell:
 
 
 def colour(index: int) -> str:
-    """The CSS colour of cluster or domain number `index`."""
-    return f"var(--c{index % PALETTE_SIZE})"
+    """The CSS colour of cluster or domain number `index`; grey for `LEFT_OUT`."""
+    return "var(--none)" if index == LEFT_OUT else f"var(--c{index % PALETTE_SIZE})"
 
 
 def scatter(
@@ -57,7 +59,7 @@ def scatter(
 
     Args:
         points_N2: places in 0 .. 1.
-        groups_N: group (cluster) of each example; decides the colour.
+        groups_N: group (cluster) of each example, or `LEFT_OUT`; decides the colour.
         tips_N: what the page shows under the pointer.
         other_groups_N: a second grouping (domain); None when there is none.
     """

@@ -48,8 +48,11 @@ class ClusterCard:
     colour: str
     size: int
     share: float
+    tokens: int | None = None
     terms: tuple[str, ...] = ()
     coherence: float | None = None
+    note: str = ""
+    """A sentence on what sets it apart, when that is not its words."""
     composition: tuple[tuple[str, str, float], ...] = ()
     """(domain, colour, share), the largest first."""
     typical: tuple[Typical, ...] = ()
@@ -66,12 +69,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page that shows figures one below the other."""
+    """A part of the page that shows facts side by side, and figures one below the other."""
 
     anchor: str
     title: str
     text: str = ""
     figures: tuple[Figure, ...] = ()
+    facts: tuple[Headline, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Page:
     map: Map | None = None
     spectrum: Section | None = None
     clusters: tuple[ClusterCard, ...] = ()
+    worth: Section | None = None
     matrix: Section | None = None
     router: Section | None = None
     stages: Section | None = None

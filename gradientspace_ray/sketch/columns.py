@@ -1,43 +1,40 @@
 """A saved sketch: a folder with the rows in column blocks, so that it is read and merged one block at a time.
 
     block-00000.safetensors, ...   `rows`, K x columns
-    coordinates.safetensors        of a shard: `coordinates` U, N x K, and `row_energies`, N
+    coordinates.safetensors        of a shard: `coordinates` U, N x K, `row_energies`, N, and, where it was asked for,
+                                   `projection`, N x P, see `RandomProjection`
     turn.safetensors               of a merge instead: `directions`, S x K, by which the S rows of its inputs became K
     sketch.json                    the record, written last, with the size and the checksum of the others
 
 A sketch that was merged keeps all but its blocks: the coordinates of its examples in the merged one are its own times
 the directions on the way.
 
-Shapes: N examples, D gradient entries, K rows, S rows of the inputs of a merge together.
+Shapes: N examples, D gradient entries, K rows, S rows of the inputs of a merge together, P numbers of a projection.
 """
 
 import hashlib
 import json
-import math
-import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gradientspace_ray.sketch.directions import column_blocks
+from gradientspace_ray.sketch.encoding import decode, encode
 from gradientspace_ray.sketch.online_svd import OnlineSVD, Shrink
 from gradientspace_ray.sketch.refinement import Refinement
 
 BLOCK_COLUMNS = 2**17
 RECORD, COORDINATES, TURN = "sketch.json", "coordinates.safetensors", "turn.safetensors"
+PROJECTION = "projection"
 MEND = "delete the folder and run the gradients stage again"
 CONNECTIONS = 16
 """Small files that are read at once."""
 BLOCKS_AT_ONCE = 4
 """Blocks that are written at once: an object store's answer takes longer than a block's way to it."""
 RowsDtype = Literal["float32", "bfloat16"]
-# PyTorch has no tensor that cannot be written to, and says so. Filters are the process's, and not to be set in threads.
-warnings.filterwarnings("ignore", "The given buffer is not writable")
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 class SketchError(ValueError):
@@ -137,7 +134,19 @@ class SavedSketch(NamedTuple):
         Raises:
             SketchError: the file is missing, truncated or altered.
         """
-        return self.tensors(COORDINATES if COORDINATES in self.record.files else TURN)
+        views = self._views(COORDINATES if COORDINATES in self.record.files else TURN)
+        return {key: tensor.clone() for key, tensor in views.items() if key != PROJECTION}
+
+    def projection(self) -> torch.Tensor:
+        """The random projections of a shard's examples, [N, P] float32; not to be written to.
+
+        Raises:
+            SketchError: the file is missing, truncated or altered, or holds none.
+        """
+        tensors = self._views(COORDINATES)
+        if PROJECTION not in tensors:
+            raise SketchError(f"{self.folder}/{COORDINATES} holds no projection; {MEND}")
+        return tensors[PROJECTION]
 
     def _views(self, name: str) -> dict[str, torch.Tensor]:
         place = f"{self.folder}/{name}"
@@ -200,6 +209,7 @@ def save_sketch(
     ids: Sequence[str],
     block_columns: int = BLOCK_COLUMNS,
     name: str = "",
+    projection_NP: torch.Tensor | None = None,
 ) -> SketchRecord:
     """Save a sketch that is in memory, with the ids of its examples.
 
@@ -211,9 +221,10 @@ def save_sketch(
         ids: one for each row of the coordinates.
         block_columns: columns in one file; sketches that are to be merged must agree.
         name: see `SketchRecord`.
+        projection_NP: kept beside the coordinates.
 
     Raises:
-        ValueError: the ids do not fit the sketch.
+        ValueError: the ids, or the projection, do not fit the sketch.
     """
     tensors = {"coordinates": sketch.carried_coordinates, "row_energies": sketch.row_energies}
     if sketch.weights is not None:
@@ -224,6 +235,7 @@ def save_sketch(
         sketch.carried_rows,
         tensors,
         ids,
+        projection_NP,
         name=name,
         kind="svd",
         rank=sketch.rank,
@@ -245,6 +257,7 @@ def save_sums(
     rank: int,
     block_columns: int = BLOCK_COLUMNS,
     name: str = "",
+    projection_NP: torch.Tensor | None = None,
 ) -> SketchRecord:
     """Save what a second pass gathered from some examples, to make a sketch of `rank` rows; see `save_sketch`."""
     tensors = {"coordinates": refinement.projections, "row_energies": refinement.row_energies}
@@ -254,6 +267,7 @@ def save_sums(
         refinement.sums,
         tensors,
         ids,
+        projection_NP,
         name=name,
         kind="sums",
         rank=rank,
@@ -263,6 +277,22 @@ def save_sums(
         energy_captured=None,
         singular_values=[],
     )
+
+
+def save_shard(
+    store: Store,
+    folder: str,
+    made: OnlineSVD | Refinement,
+    ids: Sequence[str],
+    rank: int,
+    name: str,
+    projections: Sequence[torch.Tensor] = (),
+) -> SketchRecord:
+    """Save what a pass made of a shard, `projections` being those of its buffers in order; see `save_sketch`."""
+    projection_NP = torch.cat(list(projections)) if projections else None
+    if isinstance(made, Refinement):
+        return save_sums(store, folder, made, ids, rank, name=name, projection_NP=projection_NP)
+    return save_sketch(store, folder, made, ids, name=name, projection_NP=projection_NP)
 
 
 def load_sketch(store: Store, folder: str) -> tuple[OnlineSVD, list[str]]:
@@ -326,53 +356,23 @@ def save_record(store: Store, folder: str, record: SketchRecord) -> None:
     store.write_bytes(f"{folder}/{RECORD}", (record.model_dump_json() + "\n").encode())
 
 
-def encode(tensors: dict[str, torch.Tensor]) -> bytes:
-    """Tensors as a file in the safetensors format, with one copy of the data where the library makes three."""
-    arrays = {name: _bytes_of(tensor) for name, tensor in tensors.items()}
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        offsets, end = [end, end + arrays[name].nbytes], end + arrays[name].nbytes
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(array.data for array in arrays.values())])
-
-
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    dense = tensor.cpu().contiguous()
-    # A dimension of one may have any stride, and as the last one none that can be viewed as bytes.
-    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
-
-
-def decode(data: bytes | memoryview) -> dict[str, torch.Tensor]:
-    """Tensors of a file that `encode` made: views of `data`, not to be written to."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    types = {name: dtype for dtype, name in NAMES.items()}
-    return {
-        name: _view(data, types[facts["dtype"]], facts["shape"], start + facts["data_offsets"][0])
-        for name, facts in json.loads(bytes(data[8:start])).items()
-    }
-
-
-def _view(data: bytes | memoryview, dtype: torch.dtype, shape: Sequence[int], offset: int) -> torch.Tensor:
-    count = math.prod(shape)
-    # PyTorch makes no view of nothing.
-    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
-    return flat.reshape(shape)
-
-
 def _save_leaf(
     store: Store,
     folder: str,
     rows_KD: torch.Tensor,
     tensors: dict[str, torch.Tensor],
     ids: Sequence[str],
+    projection_NP: torch.Tensor | None,
     block_columns: int,
     **facts: Any,
 ) -> SketchRecord:
     count = tensors["coordinates"].shape[0]
     if len(ids) != count or not ids:
         raise ValueError(f"a sketch of {count} examples cannot be saved with {len(ids)} ids")
+    if projection_NP is not None:
+        if len(projection_NP) != count:
+            raise ValueError(f"a sketch of {count} examples cannot be saved with {len(projection_NP)} projections")
+        tensors[PROJECTION] = projection_NP
     blocks = {
         f"block-{index:05d}.safetensors": columns
         for index, columns in enumerate(column_blocks(rows_KD.shape[1], block_columns))

@@ -38,6 +38,8 @@ from gradientspace_ray.sketch.refinement import refined_directions
 from gradientspace_ray.sketch.tree import ROOT, Node
 
 PART_BLOCKS = 8
+LEAVES_AT_ONCE = 4
+"""Of which projections are read: these are large, where coordinates are small."""
 MATCHING = ("kind", "dimension", "dtype", "block_columns", "shrink")
 
 
@@ -188,6 +190,20 @@ def coordinates_of(store: Store, root: Node) -> Iterator[Coordinates]:
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for found in pool.map(lambda branch: list(_coordinates(store, *branch)), branches):
             yield from found
+
+
+def projections_of(store: Store, root: Node) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """(ids, [N, P] float32) of every leaf, in the order of `coordinates_of`; a few leaves are in memory at once.
+
+    Raises:
+        SketchError: a file is missing, truncated or altered, or a leaf has no projection.
+    """
+    leaves = root.leaves
+    with ThreadPoolExecutor(LEAVES_AT_ONCE) as pool:
+        for start in range(0, len(leaves), LEAVES_AT_ONCE):
+            found = [open_sketch(store, leaf.folder) for leaf in leaves[start : start + LEAVES_AT_ONCE]]
+            projections = pool.map(SavedSketch.projection, found)
+            yield from zip([saved.record.ids for saved in found], projections, strict=True)
 
 
 def _coordinates(store: Store, node: Node, turned_KR: torch.Tensor) -> Iterator[Coordinates]:

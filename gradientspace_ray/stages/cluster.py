@@ -1,116 +1,167 @@
 """Clusters of the training examples in gradient space; driver work, for coordinates are small."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from safetensors.numpy import save
 
-from gradientspace_ray.clusters import quality
-from gradientspace_ray.clusters.graph import graph_clusters
+from gradientspace_ray.clusters.baselines import birch_labels, length_labels, random_labels
+from gradientspace_ray.clusters.description import describe
 from gradientspace_ray.clusters.kmeans import centroids, spherical_kmeans
-from gradientspace_ray.clusters.selection import SELECTION_EXAMPLES, by_size, choose_count, merge_small
-from gradientspace_ray.recipe import ClustersSection, Recipe
+from gradientspace_ray.clusters.methods import Method, clusters_of
+from gradientspace_ray.clusters.outliers import outliers
+from gradientspace_ray.clusters.quality import judge
+from gradientspace_ray.clusters.selection import Candidates, by_size, choose_count, merge_small
+from gradientspace_ray.recipe import Recipe, projected_numbers
 from gradientspace_ray.registry import AUTO, BASE, GENERALIST
 from gradientspace_ray.run import RunDirectory, RunError, Summary, digest_of
+from gradientspace_ray.sketch.projection import fold
+from gradientspace_ray.stages.encode import encodings
 from gradientspace_ray.stages.progress import Bars
 
-TERMS, TYPICAL = 8, 5
-STABILITY_REPEATS = 10
 LINE = "clusters"
+EXAMPLES, COORDINATES, PROJECTION = "examples/train.parquet", "sketch/coordinates.parquet", "sketch/projection.parquet"
+AGAIN = "run the gradients stage again"
+Cluster = Callable[[np.ndarray, int], np.ndarray]
+"""(indices of examples, number of clusters) -> their labels."""
 
 
 def cluster(recipe: Recipe, run: RunDirectory) -> Summary:
     """Write `clusters/`: every example's cluster, the clusters' directions, and what they are worth and about.
 
-    Clusters are numbered by falling size. The hidden `domain` serves to judge them afterwards and nothing else.
+    Clusters are numbered by falling size; -1 is an example that `clusters.outliers` leaves out. The hidden `domain`
+    serves to judge them afterwards and nothing else.
 
     Raises:
         RunError: coordinates and examples do not belong together.
         ValueError: `clusters.count` asks for more clusters than there are examples.
     """
-    ids, coordinates_NK = _coordinates(run)
+    ids, coordinates_NK = _matrix(run, COORDINATES, "coordinates")
+    examples = _examples(run, ids)
     settings, seed = recipe.clusters, recipe.seed
-    candidates: dict[int, dict[str, float]] = {}
+    clusters_among = _clusterer(recipe, run, ids, coordinates_NK, examples["tokens"].to_numpy())
+    candidates: Candidates = {}
     with Bars() as bars:
-        bars.update(LINE, 0, 3, "choosing the count")
+        bars.update(LINE, 0, 4, "looking for outliers")
+        kept = np.arange(len(ids))
+        if settings.outliers == "leave_out":
+            kept = _kept(outliers(coordinates_NK, settings.neighbours, seed, settings.search))
+        bars.update(LINE, 1, 4, "choosing the count")
         count = settings.count
         if count == "auto":
-            arguments = (settings.max_count, settings.method, seed, settings.neighbours)
-            count, candidates = choose_count(coordinates_NK, *arguments)
-        bars.update(LINE, 1, 3, "clustering")
-        labels_N = _labels(coordinates_NK, count, settings, seed)
-        labels_N = by_size(merge_small(coordinates_NK, labels_N, settings.min_examples))
-        bars.update(LINE, 2, 3, "judging")
-        judged = _judge(recipe, run, ids, coordinates_NK, labels_N)
-        bars.update(LINE, 3, 3)
-    clusters = {"id": ids, "cluster": pa.array(labels_N, pa.int32())}
-    run.write_table("clusters/assignments.parquet", pa.table(clusters))
+            method: Method = "kmeans" if settings.method == "kmeans" else "graph"
+            kept_NK = coordinates_NK[kept]
+            count, candidates = choose_count(kept_NK, settings.max_count, method, settings.neighbours, seed)
+        bars.update(LINE, 2, 4, "clustering")
+        labels_N = np.full(len(ids), -1)
+        found = clusters_among(kept, count)
+        labels_N[kept] = by_size(merge_small(coordinates_NK[kept], found, settings.min_examples))
+        bars.update(LINE, 3, 4, "judging")
+        judged = judge(
+            coordinates_NK,
+            labels_N,
+            domains=examples["domain"].to_pylist(),
+            tokens_N=examples["tokens"].to_numpy(),
+            response_tokens_N=examples["label_tokens"].to_numpy(),
+            cluster_again=lambda chosen: clusters_among(chosen, min(count, len(chosen))),
+            seed=seed,
+        )
+        described = describe(
+            ids,
+            coordinates_NK,
+            labels_N,
+            texts_of=lambda chosen: _texts(run, [ids[index] for index in chosen]),
+            longer=judged["length"]["longer"],
+            reserved=(AUTO, BASE, GENERALIST),
+            seed=seed,
+        )
+        bars.update(LINE, 4, 4)
+    table = pa.table({"id": ids, "cluster": pa.array(labels_N, pa.int32())})
+    run.write_table("clusters/assignments.parquet", table)
     directions_CK = centroids(coordinates_NK, labels_N).astype(np.float32)
     run.write_bytes("clusters/centroids.safetensors", save({"centroids": directions_CK}))
     chosen = {"method": settings.method, "chosen_count": count, "candidates": candidates}
-    run.write_json("clusters/quality.json", judged | chosen)
-    sizes = ", ".join(f"{name} {size}" for name, size in zip(judged["names"], judged["sizes"], strict=True))
-    noun = "cluster" if judged["count"] == 1 else "clusters"
+    quality = judged | described | chosen
+    run.write_json("clusters/quality.json", quality)
+    shown = ("sizes", "stability", "nmi", "ari")
     return Summary(
-        made=f"{judged['count']} {noun}: {sizes}",
-        counts={"clusters": judged["count"]}
-        | {key: judged[key] for key in ("sizes", "stability", "ari") if key in judged},
-        output=digest_of([ids, labels_N.tolist(), judged["names"]]),
+        made=_made(quality["names"], quality["sizes"], quality["left_out"]["examples"]),
+        counts={"clusters": quality["count"]} | {key: quality[key] for key in shown if key in quality},
+        output=digest_of([ids, labels_N.tolist(), quality["names"]]),
     )
 
 
-def _coordinates(run: RunDirectory) -> tuple[list[str], np.ndarray]:
-    """Ids of the training examples and their coordinates, [N, K] float64."""
-    table = run.read_table("sketch/coordinates.parquet", ["id", "coordinates"])
+def _clusterer(
+    recipe: Recipe, run: RunDirectory, ids: Sequence[str], coordinates_NK: np.ndarray, tokens_N: np.ndarray
+) -> Cluster:
+    """The recipe's method, with what it reads."""
+    settings, seed = recipe.clusters, recipe.seed
+    method = settings.method
+    if method == "random":
+        return lambda chosen, count: random_labels(len(chosen), count, seed)
+    if method == "length":
+        return lambda chosen, count: length_labels(tokens_N[chosen], count, seed)
+    if method == "embedding":
+        encodings_NH = _encodings(recipe, run, ids)
+        return lambda chosen, count: spherical_kmeans(encodings_NH[chosen], count, seed)
+    if width := projected_numbers(method):
+        projection_NP = _projection(run, ids, width)
+        return lambda chosen, count: birch_labels(projection_NP[chosen], count, seed)
+    assert method in ("graph", "kmeans")
+    return lambda chosen, count: clusters_of(
+        coordinates_NK[chosen], count, method, settings.neighbours, seed, settings.search
+    )
+
+
+def _kept(left_out_N: np.ndarray) -> np.ndarray:
+    """Indices of the examples that are clustered: all but the outliers, unless that is none."""
+    return np.flatnonzero(~left_out_N) if not left_out_N.all() else np.arange(len(left_out_N))
+
+
+def _matrix(run: RunDirectory, name: str, column: str) -> tuple[list[str], np.ndarray]:
+    """Ids of the training examples and their rows, [N, .] float32."""
+    table = run.read_table(name, ["id", column])
     ids = table["id"].to_pylist()
     if not ids:
-        raise RunError(f"{run.path('sketch/coordinates.parquet')} holds no examples; run the gradients stage again")
-    coordinates = table["coordinates"].combine_chunks()
-    return ids, coordinates.flatten().to_numpy().reshape(len(ids), -1).astype(np.float64)
+        raise RunError(f"{run.path(name)} holds no examples; {AGAIN}")
+    return ids, table[column].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
 
 
-def _labels(coordinates_NK: np.ndarray, count: int, settings: ClustersSection, seed: int) -> np.ndarray:
-    if settings.method == "graph":
-        return graph_clusters(coordinates_NK, count, settings.neighbours, seed)
-    return spherical_kmeans(coordinates_NK, count, seed)
+def _projection(run: RunDirectory, ids: Sequence[str], width: int) -> np.ndarray:
+    found, projection_NP = _matrix(run, PROJECTION, "projection")
+    if found != ids:
+        raise RunError(f"{run.path(PROJECTION)} is not about {run.path(COORDINATES)}; {AGAIN}")
+    return fold(projection_NP, width)
 
 
-def _judge(
-    recipe: Recipe, run: RunDirectory, ids: Sequence[str], coordinates_NK: np.ndarray, labels_N: np.ndarray
-) -> dict[str, Any]:
-    """Contents of `quality.json`, all but how the number of clusters came about."""
-    texts, domains = _texts_and_domains(run, ids)
-    terms = quality.distinguishing_terms(texts, labels_N, TERMS)
-    sizes = np.bincount(labels_N).tolist()
-    judged_places = quality.sample(len(ids), SELECTION_EXAMPLES, [recipe.seed, 3])
-    judged_NK = coordinates_NK[judged_places]
-
-    def cluster_again(chosen: np.ndarray) -> np.ndarray:
-        count = min(len(sizes), len(chosen))
-        return _labels(judged_NK[chosen], count, recipe.clusters, recipe.seed)
-
-    conflicts = quality.conflicting_pairs(coordinates_NK, labels_N, recipe.seed)
-    return {
-        "count": len(sizes),
-        "sizes": sizes,
-        "names": quality.cluster_names(terms, reserved=(AUTO, BASE, GENERALIST)),
-        "terms": terms,
-        "typical": quality.typical(ids, coordinates_NK, labels_N, TYPICAL),
-        "coherence": quality.coherence(coordinates_NK, labels_N),
-        "conflicting_pairs": conflicts,
-        "stability": quality.stability(labels_N[judged_places], cluster_again, STABILITY_REPEATS, recipe.seed),
-        **quality.agreement(labels_N, domains),
-    }
+def _encodings(recipe: Recipe, run: RunDirectory, ids: Sequence[str]) -> np.ndarray:
+    """Encodings of the prompts, [N, H] float32, in the order of the ids."""
+    (encodings_NH,) = encodings(recipe, run, ["train"])
+    return encodings_NH[_places(run, ids).to_numpy()]
 
 
-def _texts_and_domains(run: RunDirectory, ids: Sequence[str]) -> tuple[list[str], list[str | None]]:
-    """What an example says, all messages together, and its hidden label, in the order of the ids."""
-    table = run.read_table("examples/train.parquet", ["id", "messages", "domain"]).to_pylist()
-    rows = {row["id"]: row for row in table}
-    # Examples of shards that failed, and were skipped, have no coordinates.
-    if not set(ids) <= set(rows):
-        raise RunError(f"{run.path('sketch')} is not about examples/train.parquet; run the gradients stage again")
-    texts = [" ".join(message["content"] for message in rows[id_]["messages"]) for id_ in ids]
-    return texts, [rows[id_]["domain"] for id_ in ids]
+def _examples(run: RunDirectory, ids: Sequence[str]) -> pa.Table:
+    """Numbers of tokens, and the hidden label, in the order of the ids."""
+    return run.read_table(EXAMPLES, ["tokens", "label_tokens", "domain"]).take(_places(run, ids))
+
+
+def _texts(run: RunDirectory, ids: Sequence[str]) -> list[str]:
+    """What examples say, all messages together."""
+    rows = run.read_table(EXAMPLES, ["messages"]).take(_places(run, ids))["messages"].to_pylist()
+    return [" ".join(message["content"] for message in messages) for messages in rows]
+
+
+def _places(run: RunDirectory, ids: Sequence[str]) -> pa.Array:
+    """Where the examples stand; those of shards that failed, and were skipped, are not asked for."""
+    places = pc.index_in(pa.array(ids, pa.string()), run.read_table(EXAMPLES, ["id"])["id"].combine_chunks())
+    if places.null_count:
+        raise RunError(f"{run.path('sketch')} is not about {EXAMPLES}; {AGAIN}")
+    return places
+
+
+def _made(names: Sequence[str], sizes: Sequence[int], left_out: int) -> str:
+    shown = ", ".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
+    rest = f"; {left_out} left out" if left_out else ""
+    return f"{len(names)} {'cluster' if len(names) == 1 else 'clusters'}: {shown}{rest}"

@@ -1,26 +1,32 @@
 """The end of the gradients stage: coordinates and spectrum out of the merged sketch, and whether they are there."""
 
 import hashlib
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.run import RunDirectory, RunError, Summary, digest_of
 from gradientspace_ray.sketch.columns import SketchError, open_sketch
-from gradientspace_ray.sketch.merging import coordinates_of
+from gradientspace_ray.sketch.merging import coordinates_of, projections_of
 from gradientspace_ray.sketch.spectrum import describe_spectrum
 from gradientspace_ray.sketch.tree import BASIS, LEAVES, MERGED, QUARANTINE, ROOT, Node
 from gradientspace_ray.stages.merge import quarantined
 from gradientspace_ray.stages.progress import counted, counts_of
 
 SPECTRUM, COORDINATES = "sketch/spectrum.json", "sketch/coordinates.parquet"
+PROJECTION = "sketch/projection.parquet"
+CHECKSUMS = {"coordinates_sha256": COORDINATES, "projection_sha256": PROJECTION}
+"""Keys of the spectrum, and the files that they are of."""
 
 
 def finish(recipe: Recipe, run: RunDirectory, board: Any, leaves: Sequence[str], root: Node) -> None:
-    """Write the coordinates of all examples and the spectrum.
+    """Write the coordinates of all examples, their random projections if the recipe asks for them, and the spectrum.
 
     Args:
         recipe: the run's.
@@ -44,12 +50,18 @@ def finish(recipe: Recipe, run: RunDirectory, board: Any, leaves: Sequence[str],
             coordinates_NK[rows] = shard.coordinates_NK.numpy() * record.singular_values
             row_energies_N[rows] = shard.row_energies_N.numpy()
             ids.extend(shard.ids)
-        column = pa.FixedSizeListArray.from_arrays(coordinates_NK.ravel(), record.rows).cast(pa.list_(pa.float32()))
-        run.write_table(COORDINATES, pa.table({"id": ids, "coordinates": column}))
+        run.write_table(COORDINATES, pa.table({"id": ids, "coordinates": _lists(coordinates_NK)}))
+        if recipe.sketch.projection:
+            projected = {"projection_sha256": _write_projection(run, root)}
+        else:
+            projected = {}
+            # Another recipe may have left one.
+            run.delete(PROJECTION)
         facts = {
             "plan": _plan_digest(recipe, leaves),
             "root": root.name,
             "coordinates_sha256": _checksum(run, COORDINATES),
+            **projected,
             "rank": record.rank,
             "dimension": record.dimension,
             "examples": len(ids),
@@ -58,6 +70,26 @@ def finish(recipe: Recipe, run: RunDirectory, board: Any, leaves: Sequence[str],
         }
         spectrum = describe_spectrum(record.singular_values, record.energy_total, coordinates_NK, row_energies_N)
         run.write_json(SPECTRUM, facts | spectrum)
+
+
+def _write_projection(run: RunDirectory, root: Node) -> str:
+    """Write the projections of all examples, a shard at a time, for all may be more than the memory; its checksum."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "projection.parquet")
+        schema = pa.schema({"id": pa.string(), "projection": pa.list_(pa.float32())})
+        # Of numbers that are all different, a dictionary is no use.
+        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
+            for ids, projection_NP in projections_of(run, root):
+                columns = {"id": ids, "projection": _lists(projection_NP.numpy())}
+                writer.write_table(pa.table(columns, schema=schema))
+        data = pa.memory_map(str(file)).read_buffer()
+        run.write_bytes(PROJECTION, data)
+        return hashlib.sha256(data).hexdigest()
+
+
+def _lists(matrix_NK: np.ndarray) -> pa.Array:
+    """The rows of a float32 matrix, as a column of a table."""
+    return pa.FixedSizeListArray.from_arrays(matrix_NK.ravel(), matrix_NK.shape[1]).cast(pa.list_(pa.float32()))
 
 
 def is_finished(recipe: Recipe, run: RunDirectory, leaves: Sequence[str]) -> bool:
@@ -80,7 +112,8 @@ def _finished(run: RunDirectory) -> dict[str, Any]:
         spectrum: dict[str, Any] = run.read_json(SPECTRUM)
         saved = open_sketch(run, ROOT)
         saved.check(saved.record.blocks)
-        return spectrum if spectrum["coordinates_sha256"] == _checksum(run, COORDINATES) else {}
+        written = {key: name for key, name in CHECKSUMS.items() if key in spectrum}
+        return spectrum if all(spectrum[key] == _checksum(run, name) for key, name in written.items()) else {}
     except (RunError, SketchError):
         return {}
 
@@ -138,4 +171,5 @@ def _summary(counts: dict[str, float], spectrum: dict[str, Any]) -> Summary:
             "working_s": round(working_s, 2),
             "sketching_s": round(sketching_s, 2),
         },
+        outputs=(PROJECTION,) if "projection_sha256" in spectrum else (),
     )

@@ -31,8 +31,9 @@ from gradientspace_ray.models.moments import load_moments, moments_digest
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory, digest_of
-from gradientspace_ray.sketch.columns import is_committed, open_sketch, save_sketch, save_sums
+from gradientspace_ray.sketch.columns import is_committed, open_sketch, save_shard
 from gradientspace_ray.sketch.online_svd import NonFiniteRowError, OnlineSVD
+from gradientspace_ray.sketch.projection import RandomProjection
 from gradientspace_ray.sketch.refinement import Refinement
 from gradientspace_ray.sketch.tree import BASIS, LEAVES, QUARANTINE
 from gradientspace_ray.stages.progress import MERGE_SHARE, POLL_INTERVAL_S, on_this_node
@@ -210,6 +211,14 @@ class Extractor:
         return open_sketch(self._run, BASIS).rows().to(self._recipe.compute.device)
 
     @cached_property
+    def _projection(self) -> RandomProjection | None:
+        settings = self._recipe.sketch
+        # Once, in the pass whose shards are there at the end.
+        if settings.projection is None or self._refining != settings.refine:
+            return None
+        return RandomProjection(self._engine.dimension, settings.projection, self._recipe.compute.device)
+
+    @cached_property
     def _layers(self) -> list[slice] | None:
         """The columns of each adapted layer, where these are to count alike."""
         if self._recipe.gradients.normalisation != "module":
@@ -248,10 +257,11 @@ class Extractor:
 
     def _commit(self, shard: Shard) -> None:
         started = time.monotonic()
-        engine, buffer_BD, sketch = self._engine, self._buffer_BD, self._empty()
+        engine, buffer_BD, sketch, projection = self._engine, self._buffer_BD, self._empty(), self._projection
         examples = self._read(shard.ids)
         unit = self._recipe.gradients.normalisation != "none"
         done, tokens, sketching_s = 0, 0, 0.0
+        projections: list[torch.Tensor] = []
 
         def report(rows: Sequence[int]) -> None:
             nonlocal done, tokens
@@ -264,6 +274,8 @@ class Extractor:
             try:
                 gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)], on_batch=report)
                 sketching_s -= self._clock()
+                if projection:
+                    projections.append(projection.project(gradients_BD, unit, self._layers).cpu())
                 sketch.update(gradients_BD, normalise=unit, parts=self._layers)
                 sketching_s += self._clock()
             except ExampleTooLargeError as error:
@@ -274,10 +286,7 @@ class Extractor:
                     "remove it from the data, or lower warmup.learning_rate"
                 ) from error
         sketching_s -= self._clock()
-        if isinstance(sketch, Refinement):
-            save_sums(self._run, shard.folder, sketch, shard.ids, self._recipe.sketch.rank, name=shard.name)
-        else:
-            save_sketch(self._run, shard.folder, sketch, shard.ids, name=shard.name)
+        save_shard(self._run, shard.folder, sketch, shard.ids, self._recipe.sketch.rank, shard.name, projections)
         sketching_s += self._clock()
         self._board.count.remote(shards=1, tokens=tokens, sketching_s=sketching_s, working_s=time.monotonic() - started)
 
@@ -357,13 +366,14 @@ def _decisive(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
     settings, generalist = recipe.gradients, run.fetch("generalist")
     # Shards are named by their examples, and those that fail have no sketch.
     ignored = SPEED_SETTINGS | {"examples_per_shard", "on_bad_shard"}
+    unused = {"refine"} if recipe.sketch.projection else {"refine", "projection"}
     return {
         "generalist": adapter_digest(generalist),
         "moments": moments_digest(generalist) if settings.preconditioner != "none" else None,
         "model": [recipe.model.model_dump(mode="json"), model_fingerprint(recipe.model.name)],
         "lora": recipe.lora.model_dump(mode="json"),
         "gradients": settings.model_dump(mode="json", exclude=ignored),
-        "sketch": recipe.sketch.model_dump(mode="json", exclude={"refine"}),
+        "sketch": recipe.sketch.model_dump(mode="json", exclude=unused),
     }
 
 

@@ -12,16 +12,15 @@ from gradientspace_ray.evaluation.losses import BASE
 from gradientspace_ray.evaluation.strategies import GENERALIST, SINGLE_LORA
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.report import figures
-from gradientspace_ray.report.figures import Cell, Range, colour
+from gradientspace_ray.report.clusters import cluster_cards, ordered_domains, worth
+from gradientspace_ray.report.figures import LEFT_OUT, Cell, Range, colour
 from gradientspace_ray.report.page import (
-    ClusterCard,
     Figure,
     Headline,
     Legend,
     Map,
     Page,
     Section,
-    Typical,
     duration,
     render,
     shorten,
@@ -33,8 +32,7 @@ from gradientspace_ray.stages.progress import Bars
 MAX_DOTS = 3000
 MIN_EXAMPLES_TO_JUDGE = 30
 """Bootstrap intervals of fewer examples are too narrow."""
-TYPICAL_EXAMPLES = 3
-TIP_CHARACTERS, TEXT_CHARACTERS = 220, 900
+TIP_CHARACTERS = 220
 STRATEGIES = {
     BASE: "base model",
     GENERALIST: "generalist",
@@ -52,6 +50,7 @@ class Findings:
     examples: dict[str, dict[str, Any]]
     """Training examples by id: messages, prompt, domain."""
     cluster_of: dict[str, int]
+    """By id; `LEFT_OUT` where an example is in none."""
     quality: dict[str, Any]
     names: tuple[str, ...]
     """Names of the clusters."""
@@ -76,7 +75,8 @@ def report(recipe: Recipe, run: RunDirectory) -> Summary:
         headlines=_headlines(found, run),
         results=_results(found),
         map=drawn_map,
-        clusters=_clusters(found),
+        clusters=cluster_cards(found.quality, found.names, found.examples, found.cluster_of, found.domains),
+        worth=worth(found.quality, len(found.names)),
         matrix=_matrix(found),
         router=_router(run, found),
         spectrum=_spectrum(found),
@@ -107,37 +107,21 @@ def _read(run: RunDirectory) -> Findings:
         cluster_of=cluster_of,
         quality=quality,
         names=tuple(names),
-        domains=_ordered_domains(examples, cluster_of, len(names)),
+        domains=ordered_domains(examples, cluster_of, len(names)),
         spectrum=json_or_empty("sketch/spectrum.json"),
         scores=json_or_empty("evaluation/scores.json"),
         router=json_or_empty("router/router.json"),
     )
 
 
-def _ordered_domains(examples: dict[str, dict[str, Any]], cluster_of: dict[str, int], clusters: int) -> tuple[str, ...]:
-    """Domains such that the one at place i is the most frequent in cluster i, where no earlier cluster took it."""
-    counts = Counter(
-        (cluster_of[id_], row["domain"]) for id_, row in examples.items() if row["domain"] and id_ in cluster_of
-    )
-    left = sorted({domain for _, domain in counts})
-    ordered: list[str | None] = [None] * max(clusters, len(left))
-    for (cluster, domain), _ in counts.most_common():
-        if domain in left and ordered[cluster] is None:
-            ordered[cluster] = domain
-            left.remove(domain)
-    for place, domain in enumerate(ordered):
-        if domain is None and left:
-            ordered[place] = left.pop(0)
-    return tuple(domain or "" for domain in ordered) if any(ordered) else ()
-
-
 def _summary(found: Findings) -> str:
     losses = found.scores.get("heldout_loss")
     if not found.cluster_of:
         return "Nothing has been clustered yet: run the recipe further and write this report again."
+    placed = sum(cluster != LEFT_OUT for cluster in found.cluster_of.values())
     text = (
-        f"{len(found.cluster_of)} training examples fall into {len(found.names)} groups by what they do to the "
-        "weights. Each group trained one LoRA expert; a router reads a prompt and picks one of them."
+        f"{placed} training examples fall into {len(found.names)} groups by what they do to the weights. Each group "
+        "trained one LoRA expert; a router reads a prompt and picks one of them."
     )
     if not losses:
         return text
@@ -229,9 +213,10 @@ def _map(recipe: Recipe, run: RunDirectory, found: Findings) -> Map | None:
     coordinates_NK = np.array(table["coordinates"].to_pylist(), dtype=np.float32)
     clusters = [found.cluster_of[id_] for id_ in ids]
     domains = [found.examples[id_]["domain"] if id_ in found.examples else None for id_ in ids]
-    others = [found.domains.index(domain) if domain else len(found.domains) for domain in domains]
+    others = [found.domains.index(domain) if domain else LEFT_OUT for domain in domains]
+    group_names = {**dict(enumerate(found.names)), LEFT_OUT: "left out"}
     tips = [
-        f"{found.names[cluster]}{f' · {domain}' if domain else ''}\n"
+        f"{group_names[cluster]}{f' · {domain}' if domain else ''}\n"
         + shorten(found.examples.get(id_, {}).get("prompt", ""), TIP_CHARACTERS)
         for id_, cluster, domain in zip(ids, clusters, domains, strict=True)
     ]
@@ -240,44 +225,13 @@ def _map(recipe: Recipe, run: RunDirectory, found: Findings) -> Map | None:
         svg=figures.scatter(project(coordinates_NK, recipe.seed), clusters, tips, others if labelled else None),
         caption=f"{len(ids)} of {len(found.cluster_of)} training examples; t-SNE of {coordinates_NK.shape[1]} sketch "
         "coordinates scaled to unit length. Neighbourhoods mean something, distances between groups little.",
-        clusters=tuple(Legend(name, colour(index), index) for index, name in enumerate(found.names)),
+        clusters=tuple(
+            Legend(name, colour(group), group)
+            for group, name in group_names.items()
+            if group != LEFT_OUT or LEFT_OUT in clusters
+        ),
         domains=tuple(Legend(name, colour(index), index) for index, name in enumerate(found.domains) if name),
     )
-
-
-def _clusters(found: Findings) -> tuple[ClusterCard, ...]:
-    quality, total = found.quality, max(len(found.cluster_of), 1)
-    cards = []
-    for index, name in enumerate(found.names):
-        members = [id_ for id_, cluster in found.cluster_of.items() if cluster == index]
-        domains = Counter(found.examples[id_]["domain"] for id_ in members if id_ in found.examples)
-        domains.pop(None, None)
-        labelled = max(sum(domains.values()), 1)
-        typical = _at(quality.get("typical"), index) or []
-        cards.append(
-            ClusterCard(
-                name=name,
-                colour=colour(index),
-                size=len(members),
-                share=len(members) / total,
-                terms=tuple(_at(quality.get("terms"), index) or ()),
-                coherence=_at(quality.get("coherence"), index),
-                composition=tuple(
-                    (domain, colour(found.domains.index(domain)), count / labelled)
-                    for domain, count in domains.most_common()
-                ),
-                typical=tuple(
-                    _typical(found.examples[id_]) for id_ in typical[:TYPICAL_EXAMPLES] if id_ in found.examples
-                ),
-            )
-        )
-    return tuple(cards)
-
-
-def _typical(example: dict[str, Any]) -> Typical:
-    asked = [message["content"] for message in example["messages"] if message["role"] == "user"]
-    answered = [message["content"] for message in example["messages"] if message["role"] == "assistant"]
-    return Typical(shorten(" ".join(asked[-1:]), TEXT_CHARACTERS), shorten(" ".join(answered[-1:]), TEXT_CHARACTERS))
 
 
 def _matrix(found: Findings) -> Section | None:
@@ -393,7 +347,3 @@ def _footer(recipe: Recipe, run: RunDirectory) -> tuple[tuple[str, str], ...]:
     versions = next((record.versions for record in run.manifest().stages.values() if record.versions), {})
     shown = [(name, versions[name]) for name in ("gradientspace-ray", "ray", "torch", "peft") if name in versions]
     return (("run directory", run.uri), ("base model", recipe.model.name), ("seed", str(recipe.seed)), *shown)
-
-
-def _at(values: list[Any] | None, index: int) -> Any:
-    return values[index] if values and index < len(values) else None

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import ray
 
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.registry import (
@@ -25,11 +24,8 @@ from gradientspace_ray.router.classifier import (
     router_digest,
     save_router,
 )
-from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.run import RunDirectory, Summary
-from gradientspace_ray.stages.progress import watched_board
-
-PROMPTS_PER_UPDATE = 64
+from gradientspace_ray.stages.encode import encodings
 
 
 def router(recipe: Recipe, run: RunDirectory) -> Summary:
@@ -39,7 +35,7 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
     `evaluation/losses.validation.parquet`.
     """
     experts = trained_experts(run)
-    train_NH, validation_NH = _encodings(recipe, run)
+    train_NH, validation_NH = encodings(recipe, run, ("train", "validation"))
     clustered_N, labels_N = _clusters(run)
     fit = fit_head(train_NH[clustered_N], labels_N, len(experts), recipe.seed)
     losses = run.read_table("evaluation/losses.validation.parquet")
@@ -76,51 +72,11 @@ def _habit(threshold: float) -> str:
     return f"abstains below {threshold:.2f}" if threshold <= 1 else "always abstains"
 
 
-def _encodings(recipe: Recipe, run: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
-    """[N, H] encodings of the training prompts and of the validation prompts, made by the workers."""
-    counts = {split: run.read_table(f"examples/{split}.parquet", ["id"]).num_rows for split in ("train", "validation")}
-    task = _encode.options(
-        num_cpus=recipe.compute.cpus_per_worker,
-        num_gpus=recipe.compute.gpus_per_worker,
-        max_retries=recipe.compute.retries,
-        retry_exceptions=[OSError],
-    )
-    total = sum(counts.values())
-    workers = max(1, min(recipe.evaluate.workers, total))
-    with watched_board() as board:
-        borders = np.linspace(0, total, workers + 1).astype(int).tolist()
-        lines = [f"encoding prompts {i + 1}/{workers}" for i in range(workers)]
-        running = [
-            task.remote(recipe, run.uri, start, stop, board, line)
-            for start, stop, line in zip(borders, borders[1:], lines, strict=False)
-        ]
-        encodings_NH = np.concatenate(ray.get(running))
-    return encodings_NH[: counts["train"]], encodings_NH[counts["train"] :]
-
-
-@ray.remote
-def _encode(recipe: Recipe, run_uri: str, start: int, stop: int, board: Any, line: str) -> np.ndarray:
-    """Encodings of prompts `start` to `stop`, counted over the training examples and then the validation examples."""
-    run = RunDirectory(run_uri)
-    prompts = [
-        prompt
-        for split in ("train", "validation")
-        for prompt in run.read_table(f"examples/{split}.parquet", ["prompt"])["prompt"].to_pylist()
-    ][start:stop]
-    board.report.remote(line, 0, len(prompts), "loading")
-    encoder = PromptEncoder(recipe.router.encoder, recipe.router.max_tokens, recipe.compute.device)
-    chunks = [np.zeros((0, encoder.width), np.float32)]
-    for first in range(0, len(prompts), PROMPTS_PER_UPDATE):
-        chunk = prompts[first : first + PROMPTS_PER_UPDATE]
-        chunks.append(encoder.encode(chunk))
-        board.report.remote(line, first + len(chunk), len(prompts))
-    return np.concatenate(chunks)
-
-
 def _clusters(run: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
     """Places in `examples/train.parquet` of the examples that have a cluster, and these clusters, both [N].
 
-    Examples of shards that failed, and were skipped, have none.
+    Outliers, whose cluster is -1, are left out: no expert trains on them. Examples of shards that failed, and were
+    skipped, have no entry.
     """
     assignments = run.read_table("clusters/assignments.parquet").to_pydict()
     cluster_of = dict(zip(assignments["id"], assignments["cluster"], strict=True))
@@ -130,7 +86,7 @@ def _clusters(run: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
             f"clusters/assignments.parquet has {len(strangers)} examples that examples/train.parquet lacks "
             f"({min(strangers)}, ...); run the cluster stage again"
         )
-    clustered = [place for place, id_ in enumerate(ids) if id_ in cluster_of]
+    clustered = [place for place, id_ in enumerate(ids) if cluster_of.get(id_, -1) >= 0]
     return np.array(clustered, dtype=int), np.array([cluster_of[ids[place]] for place in clustered], dtype=int)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from gradientspace_ray.evaluation import strategies
@@ -157,8 +158,12 @@ def _scores(recipe: Recipe, test: pa.Table, majority: dict[str, str]) -> dict[st
 
 
 def _majority_domains(run: RunDirectory, labels: tuple[str, ...]) -> dict[str, str]:
-    """Expert -> the most frequent hidden label of its training examples; empty when there are no labels."""
-    clusters = run.read_table("clusters/assignments.parquet").to_pydict()
+    """Expert -> the most frequent hidden label of its training examples; empty when there are no labels.
+
+    Outliers, whose cluster is -1, are no expert's.
+    """
+    assignments = run.read_table("clusters/assignments.parquet")
+    clusters = assignments.filter(pc.greater_equal(assignments["cluster"], 0)).to_pydict()
     train = run.read_table("examples/train.parquet", ["id", "domain"]).to_pydict()
     domain_of = dict(zip(train["id"], train["domain"], strict=True))
     experts = [labels[cluster] for cluster in clusters["cluster"]]

@@ -64,7 +64,7 @@ class Finetune:
     section: str
     """Recipe section with its settings: `warmup` or `experts`."""
     cluster: int | None
-    """Trained on this cluster; None is the whole training split."""
+    """Trained on this cluster; None is the whole training split, or all clusters for the single LoRA."""
     start: str | None
     """Folder of the adapter that it continues; None is a fresh one."""
     key: str
@@ -90,7 +90,7 @@ def warmup(recipe: Recipe, run: RunDirectory) -> Summary:
 
 
 def experts(recipe: Recipe, run: RunDirectory) -> Summary:
-    """Continue the generalist on every cluster, and on the whole mixture for the single LoRA.
+    """Continue the generalist on every cluster, and on all of them together for the single LoRA.
 
     Commits `experts/<name>@<digest>/` and `single_lora/`. What another recipe or clustering left there is removed.
 
@@ -123,7 +123,7 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
 def _plan(
     recipe: Recipe, run: RunDirectory, name: str, section: str, cluster: int | None, start: str | None
 ) -> Finetune:
-    table = _examples(run, cluster, ["id", "tokens"])
+    table = _examples(run, section, cluster, ["id", "tokens"])
     settings: TrainingSection = getattr(recipe, section)
     key = {
         "name": name,
@@ -142,13 +142,16 @@ def _steps(seed: int, section: str, settings: TrainingSection, count: int) -> li
     return plan_steps(count, settings.examples_per_step, settings.epochs, [seed, ORDER_PURPOSE[section]])
 
 
-def _examples(run: RunDirectory, cluster: int | None, columns: list[str]) -> Any:
-    """Columns of the training split, or of one cluster of it, as an Arrow table in the order of the file."""
+def _examples(run: RunDirectory, section: str, cluster: int | None, columns: list[str]) -> Any:
+    """Columns of what a finetune trains on, as an Arrow table in the order of the file.
+
+    The single LoRA is measured against the experts, so it sees what they see: no outlier, whose cluster is -1.
+    """
     table = run.read_table(TRAIN_FILE, columns=list({"id", *columns}))
-    if cluster is not None:
-        assignments = run.read_table(ASSIGNMENTS)
-        members = assignments["id"].filter(pc.equal(assignments["cluster"], cluster))
-        table = table.filter(pc.is_in(table["id"], value_set=members.combine_chunks()))
+    if section == "experts":
+        found = run.read_table(ASSIGNMENTS)
+        own = pc.greater_equal(found["cluster"], 0) if cluster is None else pc.equal(found["cluster"], cluster)
+        table = table.filter(pc.is_in(table["id"], value_set=found["id"].filter(own).combine_chunks()))
     if table.num_rows == 0:
         where = TRAIN_FILE if cluster is None else f"cluster {cluster} of {ASSIGNMENTS}"
         raise TrainingError(f"{run.path()}: {where} holds no training examples; run the stage that makes it again")
@@ -309,7 +312,7 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, finetune: Finetune, boa
     if recipe.compute.device == "cpu":
         torch.set_num_threads(max(1, int(recipe.compute.cpus_per_worker)))
     device = ray.train.torch.get_device() if recipe.compute.device == "cuda" else torch.device("cpu")
-    table = _examples(run, finetune.cluster, ["input_ids", "labels"])
+    table = _examples(run, finetune.section, finetune.cluster, ["input_ids", "labels"])
     examples = list(zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True))
     start = run.fetch(finetune.start) if finetune.start else None
     model = checkpoints.load(recipe.model, recipe.lora, recipe.seed, start, device)

@@ -45,7 +45,7 @@ def features_by_name(
     """
     first, *others = made
     main = made[first]
-    whole_NN = _sum(main, *WHOLE)
+    whole_NN = _whole(main)
     features = {f"svd_{RANK}": main["svd"], "full_gradient": coordinates_of_products(whole_NN)}
     features |= {f"random_projection_{width}": main[f"random_projection_{width}"] for width in PROJECTED}
     features |= {"embedding": encodings_NH, "length": on_quarter_circle(tokens_N)}
@@ -55,9 +55,12 @@ def features_by_name(
     features["scale kept"] = coordinates_of_products(whole_NN, RANK, unit=False)
     features |= {f"{name} layers": coordinates_of_products(main[f"products.{name}"], RANK) for name in ("module",)}
     features |= {name: coordinates_of_products(main[f"products.{name}"], RANK) for name in PRECONDITIONERS}
-    features |= {variant.name: coordinates_of_products(_sum(main, variant.wanted), RANK) for variant in VARIANTS}
+    for variant in VARIANTS:
+        # Models of two layers have no last third.
+        if parts := _parts(main, variant.wanted):
+            features[variant.name] = coordinates_of_products(sum(parts), RANK)
     for other in others:
-        features[str(other)] = coordinates_of_products(_sum(made[other], *WHOLE), RANK)
+        features[str(other)] = coordinates_of_products(_whole(made[other]), RANK)
     return features
 
 
@@ -68,7 +71,12 @@ def on_quarter_circle(tokens_N: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(angles_N), np.sin(angles_N)], axis=1).astype(np.float32)
 
 
-def _sum(made: Mapping[str, np.ndarray], *wanted: str) -> np.ndarray:
-    """Sum, [N, N], of the products of the parts whose name has one of these words."""
-    parts = [made[key] for key in made if key.startswith("products.") and set(key.split(".")[1:]) & set(wanted)]
-    return np.sum(parts, axis=0, dtype=np.float64)
+def _whole(made: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Products, [N, N], over all columns."""
+    return sum(_parts(made, *WHOLE))
+
+
+def _parts(made: Mapping[str, np.ndarray], *wanted: str) -> list[np.ndarray]:
+    """Products, [N, N] float64, of the parts whose name has one of these words."""
+    names = [name for name in made if name.startswith("products.") and set(name.split(".")[1:]) & set(wanted)]
+    return [made[name].astype(np.float64) for name in names]

@@ -149,7 +149,7 @@ def studied(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     count, candidates = options.count, {}
     if not count:
         maximum = ClustersSection().max_count
-        count, candidates = choose_count(features[DEFAULT_FEATURES], maximum, "graph", SEED, options.neighbours)
+        count, candidates = choose_count(features[DEFAULT_FEATURES], maximum, "graph", options.neighbours, SEED)
     domains = [row.record.domain for row in rows]
     report: dict[str, Any] = {
         "data": options.data,
