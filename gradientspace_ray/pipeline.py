@@ -202,6 +202,8 @@ def stage_digest(stage: Stage, recipe: Recipe, run: RunDirectory) -> str:
         inputs["model"] = model_fingerprint(recipe.model.name)
     if "router" in parts:
         inputs["encoder"] = model_fingerprint(recipe.router.encoder)
+    if stage.name == "cluster" and recipe.clusters.method == "embedding":
+        inputs["encoder"] = [tree["router"], model_fingerprint(recipe.router.encoder)]
     if stage.name == "prepare":
         inputs = {
             "tokenizer": model_fingerprint(recipe.model.name),

@@ -93,7 +93,7 @@ class ExpertsSection(TrainingSection):
     max_concurrent: Positive = 2
     """Finetunes running at once."""
     single_lora: bool = True
-    """Also train the baseline: the generalist on the whole mixture for as many more tokens as all experts together."""
+    """Also train the baseline: the generalist on all the experts' examples, for as many more tokens as they train."""
 
 
 class GradientsSection(Section):

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 from gradientspace_ray.clusters.rows import FIT_EXAMPLES, around_zero_rows, check_count, sample, unit_rows
 from gradientspace_ray.clusters.sums import cluster_sums
@@ -57,7 +58,8 @@ def centroids(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
 
 def fit_kmeans(rows_NK: np.ndarray, count: int, seed: int) -> KMeans:
     """scikit-learn's k-means, fitted; some clusters stay empty where there are fewer distinct rows."""
-    with warnings.catch_warnings():
+    # Of several threads, sums are added in the order in which they come, and last bits differ from run to run.
+    with warnings.catch_warnings(), threadpool_limits(1, "openmp"):
         # The caller sees it by the labels.
         warnings.filterwarnings("ignore", "Number of distinct clusters")
         return KMeans(count, n_init=STARTS, random_state=seed).fit(rows_NK)
