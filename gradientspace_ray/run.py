@@ -29,6 +29,8 @@ from gradientspace_ray.retries import TRIES, insist
 MANIFEST = "manifest.json"
 COPIES = "gradientspace-fetched-"
 STAGING = ".staging"
+ROWS_AT_ONCE, ROW_GROUP_SIZE = 4096, 65_536
+"""Of Parquet files: rows in memory together, and those that can only be read together."""
 CONNECTIONS = 16
 """Requests to an object store at once."""
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
@@ -279,10 +281,15 @@ class RunDirectory:
         """A Parquet file as an Arrow table."""
         return pq.read_table(pa.BufferReader(self.read_view(name)), columns=columns)
 
+    def read_batches(self, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Rows of a Parquet file in their order, some at a time, where all of them at once would be much."""
+        file = pq.ParquetFile(pa.BufferReader(self.read_view(name)))
+        yield from file.iter_batches(ROWS_AT_ONCE, columns=columns)
+
     def write_table(self, name: str, table: pa.Table) -> None:
         """Commit a Parquet file."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_SIZE)
         self.write_bytes(name, sink.getvalue().to_pybytes())
 
     @contextmanager

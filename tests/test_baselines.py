@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from gradientspace_ray.clusters import baselines
+from gradientspace_ray.clusters import baselines, rows
 from gradientspace_ray.clusters.baselines import BIRCH_THRESHOLD, birch_labels, length_labels, random_labels
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -114,7 +114,7 @@ def test_of_many_examples_a_sample_is_fitted_and_the_rest_join_the_nearest_mean(
     assert set(labels[~live]) == {np.bincount(labels[live]).argmax()}
 
     np.save(tmp_path / "projection.npy", rows_NP)
-    monkeypatch.setattr(baselines, "NUMBERS_AT_ONCE", 64 * rows_NP.shape[1] + 1)
+    monkeypatch.setattr(rows, "BLOCK_NUMBERS", 64 * rows_NP.shape[1] + 1)
     on_disk = np.load(tmp_path / "projection.npy", mmap_mode="r")
     assert np.array_equal(birch_labels(on_disk, 3, 5), labels)
     assert np.array_equal(birch_labels(1e-9 * rows_NP.astype(np.float64), 3, 5), labels)
@@ -175,5 +175,5 @@ def test_counts_that_cannot_be(cluster):
 def test_a_projection_that_is_not_finite_is_named():
     rows_NP = np.ones((4, 3), np.float32)
     rows_NP[2, 1] = np.nan
-    with pytest.raises(ValueError, match="projection of example 2 is not finite"):
+    with pytest.raises(ValueError, match="row 2 of the coordinates is not finite"):
         birch_labels(rows_NP, 2, 0)

@@ -133,7 +133,7 @@ def test_embeddings_are_those_of_the_prompts_whatever_the_number_of_workers(tmp_
 
 
 def test_outliers_may_be_left_out(tmp_path):
-    rows_NK, _ = planted(SIZES, 0.08)
+    rows_NK, _ = planted(SIZES, 0.6)
     strange = np.zeros((len(rows_NK) + 3, rows_NK.shape[1] + 2))
     strange[:-3, :-2], strange[-3:-1, -2:] = rows_NK, np.eye(2)
     run, _ = make_run(tmp_path, rows_NK=strange)
@@ -146,8 +146,26 @@ def test_outliers_may_be_left_out(tmp_path):
     assert summary.made.endswith(f"; {left_out['examples']} left out")
     cluster(recipe_for(), run)
     assert run.read_json("clusters/quality.json")["left_out"]["examples"] == 0
+    with pytest.raises(ValueError, match=r"leaves \d+ of 85 examples, which cannot form 84 clusters; set it to assign"):
+        cluster(recipe_for(outliers="leave_out", count=84), run)
     everything_is_one, _ = make_run(tmp_path / "zero", rows_NK=np.zeros((9, 4)))
     assert cluster(recipe_for(outliers="leave_out"), everything_is_one).made.endswith(" 9")
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path):
+    run, _ = make_run(tmp_path)
+    ids = run.read_table("sketch/coordinates.parquet")["id"]
+    rows = np.ones((len(ids), 4), dtype=np.float32)
+    rows[3, 1] = np.nan
+    run.write_table("sketch/coordinates.parquet", pa.table({"id": ids, "coordinates": rows.tolist()}))
+    with pytest.raises(RunError, match=r"coordinates.parquet: the numbers of example 0{15}3 are not finite; run the"):
+        cluster(recipe_for(), run)
+
+
+def test_stability_knows_of_small_clusters_that_were_merged(tmp_path):
+    run, _ = make_run(tmp_path)
+    assert cluster(recipe_for(count=3, min_examples=24), run).counts["clusters"] == 2
+    assert run.read_json("clusters/quality.json")["stability"] > 0.9
 
 
 def test_a_projection_of_other_examples_is_refused(tmp_path):

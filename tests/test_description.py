@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from gradientspace_ray.clusters import description, moments
+from gradientspace_ray.clusters import description, rows
 from gradientspace_ray.clusters.quality import length
 
 TEXTS = ["def add(a, b): return a + b", "def sub(a): return a", "def mul(): return x"] * 2
@@ -62,6 +62,15 @@ def test_terms_of_texts_without_words():
     assert terms_of(["did you", "does it"], [0, 1]) == [[], []]
     assert terms_of(["one apple", "apple"], [0, 0])[0][0] == "apple"
     assert terms_of([], []) == []
+
+
+def test_only_an_empty_vocabulary_is_taken_for_no_words():
+    class Unreadable(str):
+        def __getitem__(self, _):
+            raise ValueError("cannot be read")
+
+    with pytest.raises(ValueError, match="cannot be read"):
+        description.term_shares([Unreadable("apple")], np.array([0]))
 
 
 @settings(max_examples=40, deadline=None)
@@ -127,9 +136,9 @@ def test_any_terms_give_unique_slugs(found):
     assert all(re.fullmatch(r"[a-z0-9-]+", name) and name not in "ab" for name in names)
 
 
-@pytest.mark.parametrize("block", [2, 1 << 16])
-def test_typical_examples_are_nearest_the_middle(monkeypatch, block):
-    monkeypatch.setattr(moments, "BLOCK_EXAMPLES", block)
+@pytest.mark.parametrize("block_numbers", [4, 1 << 16])
+def test_typical_examples_are_nearest_the_middle(monkeypatch, block_numbers):
+    monkeypatch.setattr(rows, "BLOCK_NUMBERS", block_numbers)
     rows_NK = np.array([[1, 0.5], [1, 0], [1, -0.4], [9, 9], [0, 1.0], [0.1, 1]])
     ids, labels = ["a", "b", "c", "x", "d", "e"], np.array([0, 0, 0, -1, 1, 1])
     assert description.typical(ids, rows_NK, labels, 2)[0] == ["b", "c"]
@@ -148,6 +157,20 @@ def test_every_cluster_has_some_texts(monkeypatch):
     assert not np.array_equal(chosen, description.text_sample(labels, 1))
     few = np.array([0, -1, 1, 0])
     assert description.text_sample(few, 0).tolist() == [0, 2, 3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(0, 9))
+def test_many_clusters_do_not_multiply_the_texts(sizes, seed):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(description, "TEXT_EXAMPLES", 60)
+        patch.setattr(description, "MIN_TEXT_EXAMPLES", 20)
+        chosen = description.text_sample(labels, seed)
+    assert len(set(chosen.tolist())) == len(chosen) <= 120
+    least = min(20, 60 // len(sizes))
+    for size, read in zip(sizes, np.bincount(labels[chosen], minlength=len(sizes)), strict=True):
+        assert read == min(size, max(least, 60 * size // len(labels)))
 
 
 def described(texts, labels, tokens, reserved=()):

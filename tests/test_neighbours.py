@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import block_diag
 from sklearn.metrics import adjusted_rand_score
-from sklearn.neighbors import LocalOutlierFactor
 from test_clusters import planted
+from threadpoolctl import threadpool_limits
 
 from gradientspace_ray.clusters import graph, kmeans, neighbours, outliers, rows
 from gradientspace_ray.clusters.methods import clusters_of
-from gradientspace_ray.clusters.neighbours import label_by_neighbours, mean_cosines, nearest_others
+from gradientspace_ray.clusters.neighbours import label_by_neighbours, nearest_others
 
 SEARCHES = ("exact", "faiss")
 if_any_rows = settings(max_examples=30, deadline=None)
@@ -72,18 +73,6 @@ def test_without_faiss_the_error_says_what_to_install(monkeypatch):
         nearest_others(unit(5, 3, 0), 2, "faiss")
 
 
-@if_any_rows
-@given(count=st.integers(2, 40), kept=st.integers(2, 40), wanted=st.integers(1, 12), seed=st.integers(0, 10**6))
-def test_mean_cosines_leave_an_example_itself_out(count, kept, wanted, seed):
-    unit_NK = unit(count, 5, seed)
-    places = rows.sample(count, min(kept, count), [seed])
-    cosines_NL = unit_NK @ unit_NK[places].T
-    cosines_NL[places, np.arange(len(places))] = -np.inf
-    used = min(wanted, len(places) - 1)
-    expected = -np.sort(-cosines_NL, axis=1)[:, :used].mean(axis=1)
-    assert np.allclose(mean_cosines(unit_NK, places, wanted), expected, atol=1e-6)
-
-
 @pytest.mark.parametrize("method", ["graph", "kmeans"])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_sample_decides_the_clusters_of_many(method, search, monkeypatch):
@@ -98,20 +87,30 @@ def test_a_sample_decides_the_clusters_of_many(method, search, monkeypatch):
     assert set(first[~live]) == {np.bincount(first[live]).argmax()}
 
 
-def test_outliers_are_the_examples_without_a_neighbourhood(monkeypatch):
-    coordinates_NK, _ = planted((100, 80, 60), 0.1)
-    rng = np.random.default_rng(0)
-    strange = np.zeros((6, coordinates_NK.shape[1] + 6))
-    strange[:, -6:] = np.eye(6)
-    rows_NK = np.concatenate([np.pad(coordinates_NK, ((0, 0), (0, 6))), strange, np.zeros((2, strange.shape[1]))])
-    order = rng.permutation(len(rows_NK))
-    found = outliers.outliers(rows_NK[order], 10, 0)
-    assert set(order[found]) >= set(range(240, 248))
-    assert found.sum() < 8 + 12
-    local = LocalOutlierFactor(10, contamination=6 / 246).fit_predict(rows.unit_rows(rows_NK[:246])) < 0
-    assert set(np.flatnonzero(local)) == set(range(240, 246))
-    monkeypatch.setattr(outliers, "FIT_EXAMPLES", 120)
-    assert set(order[outliers.outliers(rows_NK[order], 10, 0)]) >= set(range(240, 248))
+def rows_with_outliers():
+    """Groups of 100, 80 and 60, a looser one of 60, six examples that are like no other, and two zero rows."""
+    tight_NK, _ = planted((100, 80, 60), 0.3)
+    loose_NK, _ = planted((60,), 0.05, seed=1)
+    width = tight_NK.shape[1] + loose_NK.shape[1] + 6
+    rows_NK = np.zeros((308, width))
+    rows_NK[:240, : tight_NK.shape[1]] = tight_NK
+    rows_NK[240:300, tight_NK.shape[1] : -6] = loose_NK
+    rows_NK[300:306, -6:] = np.eye(6)
+    return rows_NK
+
+
+@pytest.mark.parametrize("fitted", [20_000, 200])
+def test_outliers_are_the_examples_without_a_neighbourhood(fitted, monkeypatch):
+    monkeypatch.setattr(outliers, "FIT_EXAMPLES", fitted)
+    rows_NK = rows_with_outliers()
+    order = np.random.default_rng(0).permutation(len(rows_NK))
+    found = set(order[outliers.outliers(rows_NK[order], 10, 0)])
+    assert {306, 307} <= found
+    # Of the six, those in the sample are each other's neighbours at most.
+    assert len(found & set(range(300, 306))) >= 5
+    # A loose group is one all the same.
+    assert len(found & set(range(240, 300))) <= 3
+    assert len(found & set(range(240))) <= 3
 
 
 def test_degenerate_input_has_no_outliers_but_zero_rows():
@@ -120,3 +119,43 @@ def test_degenerate_input_has_no_outliers_but_zero_rows():
     assert not outliers.outliers(np.eye(4), 10, 0).any()
     assert outliers.outliers(np.zeros((3, 2)), 10, 0).all()
     assert outliers.outliers(np.array([[1.0, 0], [0, 0], [1, 0.1]]), 10, 0).tolist() == [False, True, False]
+
+
+@if_any_rows
+@given(count=st.integers(3, 40), wanted=st.integers(1, 5), seed=st.integers(0, 10**6))
+def test_spherical_kmeans_is_at_a_fixed_point(count, wanted, seed):
+    unit_NK, wanted = unit(count, 4, seed), min(wanted, count)
+    labels = kmeans.spherical_kmeans(unit_NK, wanted, seed)
+    present = np.unique(labels)
+    means_CK = rows.unit_rows(np.stack([unit_NK[labels == label].sum(axis=0) for label in present]))
+    assert np.array_equal(present[(unit_NK @ means_CK.T).argmax(axis=1)], labels)
+
+
+@pytest.mark.parametrize("method", ["graph", "kmeans"])
+def test_no_bit_depends_on_the_number_of_threads(method, monkeypatch):
+    monkeypatch.setattr(graph, "DENSE_EXAMPLES", 50)
+    coordinates_NK = np.random.default_rng(0).normal(size=(700, 12))
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            found.append(clusters_of(coordinates_NK, 7, method, 10, 0))
+    assert np.array_equal(*found)
+
+
+def test_a_graph_in_pieces_has_every_eigenvalue_as_often_as_it_should(monkeypatch):
+    monkeypatch.setattr(graph, "DENSE_EXAMPLES", 10)
+    pieces = [unit(size, 6, size) for size in (60, 50, 40, 30, 1)]
+    rows_NK = block_diag(*pieces)
+    weights = graph.neighbour_graph(rows_NK, 6)
+    values_E, vectors_NE = graph.laplacian_eigenmap(weights, 12, 0)
+    degrees_N = weights.toarray().sum(axis=1)
+    roots_N = np.where(degrees_N > 0, 1 / np.sqrt(np.where(degrees_N > 0, degrees_N, 1)), 0)
+    laplacian_NN = np.diag((degrees_N > 0).astype(float)) - weights.toarray() * np.outer(roots_N, roots_N)
+    assert (values_E < 1e-9).sum() == 5
+    assert np.allclose(values_E, np.linalg.eigvalsh(laplacian_NN)[:12], atol=1e-8)
+    assert np.allclose(laplacian_NN @ vectors_NE, vectors_NE * values_E, atol=1e-6)
+    assert np.allclose(vectors_NE.T @ vectors_NE, np.eye(12), atol=1e-8)
+    # More pieces than clusters: the smallest join those that they are near.
+    labels = graph.graph_clusters(rows_NK, 3, 6, 0)
+    assert set(labels) == {0, 1, 2}
+    assert all(len(set(labels[start:stop])) == 1 for start, stop in ((0, 60), (60, 110), (110, 150)))

@@ -46,12 +46,27 @@ def test_it_is_linear():
 
 
 def test_entries_and_signs_are_even_and_independent():
-    matrix_DP = matrix_of(200_000, 16)
-    plus_P, minus_P = (matrix_DP == 1).sum(dim=0), (matrix_DP == -1).sum(dim=0)
-    expected = 200_000 / 32
-    chi_square = float((torch.cat([plus_P, minus_P]) - expected).square().sum() / expected)
+    dimension, width, seeds = 1000, 16, range(20)
+    columns_DD = torch.eye(dimension)
+    found_SDP = torch.stack([RandomProjection(dimension, width, seed=seed).project(columns_DD) for seed in seeds])
+    assert ((found_SDP != 0).sum(dim=2) == 1).all()
+    assert (found_SDP.abs().sum(dim=2) == 1).all()
+    # One of 32 cells for every column: its entry and its sign.
+    cells_SD = 2 * found_SDP.abs().argmax(dim=2) + (found_SDP.sum(dim=2) > 0)
+    expected = cells_SD.numel() / 32
+    chi_square = float((torch.bincount(cells_SD.flatten(), minlength=32) - expected).square().sum() / expected)
     # Of 31 degrees of freedom: mean 31, standard deviation 7.9.
     assert 8 < chi_square < 62
+    # Other seeds, and neighbouring columns, have the same cell once in 32 times.
+    for same in (cells_SD[1:] == cells_SD[:-1], cells_SD[:, 1:] == cells_SD[:, :-1]):
+        assert float(same.double().mean()) == pytest.approx(1 / 32, abs=4 * (1 / 32 / same.numel()) ** 0.5)
+
+
+def test_the_seed_alone_decides_the_projection():
+    first, again, other = (RandomProjection(500, 64, seed=seed).project(torch.eye(500)) for seed in (4, 4, 5))
+    assert torch.equal(first, again)
+    assert torch.equal(first.double(), matrix_of(500, 64, 4))
+    assert not torch.equal(first, other)
 
 
 def test_inner_products_have_the_mean_and_the_variance_of_a_dense_matrix():

@@ -10,7 +10,7 @@ from scipy.stats import f_oneway, mannwhitneyu
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from gradientspace_ray.clusters import quality, sums
+from gradientspace_ray.clusters import quality, rows, selection, sums
 from gradientspace_ray.clusters.rows import unit_rows
 
 labels_with_left_out = st.lists(st.integers(-1, 3), min_size=1, max_size=40)
@@ -33,13 +33,11 @@ def rows_for(labels, seed=0):
 @settings(max_examples=40, deadline=None)
 @given(labels_with_left_out, st.sampled_from([np.float32, np.float64]), st.integers(1, 9))
 def test_sums_do_not_depend_on_the_blocks(labels, dtype, block):
-    labels, previous = closed_up(labels), sums.BLOCK_EXAMPLES
+    labels = closed_up(labels)
     rows_NK = rows_for(labels).astype(dtype)
-    try:
-        sums.BLOCK_EXAMPLES = block
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "BLOCK_NUMBERS", block * rows_NK.shape[1])
         counts_C, sums_CK, squares_C = sums.cluster_sums(rows_NK, labels)
-    finally:
-        sums.BLOCK_EXAMPLES = previous
     unit_NK = unit_rows(rows_NK)
     for label in range(labels.max() + 1):
         members = unit_NK[labels == label]
@@ -51,13 +49,13 @@ def test_sums_do_not_depend_on_the_blocks(labels, dtype, block):
 
 def test_rows_without_a_direction_and_rows_that_are_not_finite():
     rows_NK = np.array([[3.0, 4.0], [1e-9, 0.0], [0.0, 0.0]])
-    assert sums.row_lengths(rows_NK).tolist() == [5.0, 0.0, 0.0]
-    assert sums.unit_at(rows_NK, np.array([1, 0])).tolist() == [[0.0, 0.0], [0.6, 0.8]]
-    assert np.array_equal(sums.unit_at(rows_NK, np.arange(3)), unit_rows(rows_NK))
-    with pytest.raises(ValueError, match="the coordinates of example 1 are not finite; make the sketch again"):
-        sums.row_lengths(np.array([[1.0], [np.nan]]))
+    assert rows.row_lengths(rows_NK).tolist() == [5.0, 0.0, 0.0]
+    assert rows.unit_at(rows_NK, np.array([1, 0])).tolist() == [[0.0, 0.0], [0.6, 0.8]]
+    assert np.array_equal(rows.unit_at(rows_NK, np.arange(3)), unit_rows(rows_NK))
+    with pytest.raises(ValueError, match="row 1 of the coordinates is not finite; run the gradients stage again"):
+        rows.row_lengths(np.array([[1.0], [np.nan]]))
     with pytest.raises(ValueError, match=r"the shape \(3,\); needed: examples x coordinates"):
-        sums.row_lengths(np.zeros(3))
+        rows.row_lengths(np.zeros(3))
 
 
 def test_coherence_and_conflicts_against_all_pairs():
@@ -168,6 +166,11 @@ def test_stability_is_one_for_clusters_that_return_and_low_for_chance():
     assert quality.stability(labels[:2], lambda chosen: labels[chosen], 5, 0) is None
 
 
+def test_stability_of_fewer_than_two_clusters_says_nothing():
+    for labels in (np.zeros(9, dtype=int), np.repeat([-1, 0], [4, 5]), np.full(9, -1)):
+        assert quality.stability(labels, lambda chosen: np.zeros(len(chosen), dtype=int), 5, 0) is None
+
+
 def test_stability_asks_only_for_examples_that_have_a_cluster():
     labels, asked = np.arange(60) % 4 - 1, []
 
@@ -182,10 +185,32 @@ def test_stability_asks_only_for_examples_that_have_a_cluster():
 
 
 def test_subsamples_are_repeatable_sorted_and_differ():
-    first, second = (quality.subsample_indices(50, 4, 7) for _ in range(2))
+    first, second, other = (quality.subsample_indices(50, 4, seeds) for seeds in ([7, 2], [7, 2], [7, 3]))
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(len(set(chosen)) == 40 and (np.diff(chosen) > 0).all() for chosen in first)
-    assert not np.array_equal(first[0], first[1])
+    # Every subsample is another one, and those of other seeds too.
+    assert len({chosen.tobytes() for chosen in first + other}) == 8
+
+
+def test_stability_is_not_measured_on_the_subsamples_that_chose_the_count(monkeypatch):
+    asked, chose = [], []
+
+    def subsample_indices(*arguments):
+        drawn = quality.subsample_indices(*arguments)
+        chose.extend(drawn)
+        return drawn
+
+    def again(chosen):
+        asked.append(chosen.tobytes())
+        return labels[chosen]
+
+    monkeypatch.setattr(selection, "subsample_indices", subsample_indices)
+    labels = np.arange(60) % 3
+    rows_NK = np.random.default_rng(0).normal(size=(60, 4)) + 3 * np.eye(4)[labels]
+    selection.choose_count(rows_NK, 4, "kmeans", 5, 0)
+    judged(rows_NK, labels, again=again)
+    assert len(asked) == len(chose) == 10
+    assert not {chosen.tobytes() for chosen in chose} & set(asked)
 
 
 @settings(max_examples=30, deadline=None)
@@ -278,6 +303,7 @@ def test_judgement_of_degenerate_clusters(rows_NK, label):
     assert found["count"] == len(found["sizes"]) == len(found["coherence"]) == label + 1
     assert found["variance_inside"] == {"share": 1.0, "at_random": 1.0}
     assert found["length"] == {"explained": 0.0, "longer": [None] * (label + 1)}
+    assert found["stability"] is None
     json.dumps(found, allow_nan=False)
 
 

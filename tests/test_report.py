@@ -1,4 +1,5 @@
 import re
+from typing import get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from synthetic_run import synthetic_recipe, synthetic_run
 
+from gradientspace_ray.clusters.methods import Method
+from gradientspace_ray.recipe import ClusterMethod
 from gradientspace_ray.report import clusters, figures
 from gradientspace_ray.report.figures import Cell, Range
 from gradientspace_ray.report.page import ClusterCard, Headline, Legend, Map, Page, Section, Typical, render
@@ -237,6 +240,10 @@ def test_a_run_with_left_out_examples_and_all_that_is_judged(tiny_model_dir, tin
         ("92%", "nearest-neighbour purity"),
     ]
     assert "at random would leave 97.4%" in section
+    assert "in the directions it kept: a gradient&#39;s other energy is left out" in section
+    assert "Hidden labels had no say" in section
+    assert "random four fifths of the examples, or of 2,000 of them where there are more" in section
+    assert "<h3>How many clusters the gradients&#39; graph has</h3>" in section
     assert "Small clusters were then merged, which leaves 2." in section
     svg = parsed(section[section.index("<svg") : section.index("</svg>") + 6])
     texts = [node.text for node in svg.iter(f"{SVG}text")]
@@ -244,6 +251,31 @@ def test_a_run_with_left_out_examples_and_all_that_is_judged(tiny_model_dir, tin
     widths = [float(bar.get("width")) for bar in svg.iter(f"{SVG}rect")]
     assert widths[0] == pytest.approx(widths[1] / 2, abs=0.1)
     assert widths[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "grouped_by"),
+    [
+        ("graph", "by what they do to the weights"),
+        ("random_projection_64", "by what they do to the weights"),
+        ("random", "at random"),
+        ("length", "by the length of the examples"),
+        ("embedding", "by embeddings of their prompts"),
+    ],
+)
+def test_the_page_says_what_the_groups_are_by(tiny_model_dir, tiny_encoder_dir, tmp_path, method, grouped_by):
+    run = synthetic_run(tmp_path, tiny_model_dir, single_lora=False)
+    run.write_json("clusters/quality.json", QUALITY | {"method": method})
+    report.report(synthetic_recipe(tiny_model_dir, tiny_encoder_dir), run)
+    html = run.read_bytes("report.html").decode()
+    assert f"40 training examples fall into 2 groups {grouped_by}. Each group trained" in html
+    assert ("made otherwise, at the chosen number." in html) == (method != "graph")
+
+
+def test_every_baseline_says_what_its_groups_are_by():
+    of_gradients = {"graph", "kmeans", *(f"random_projection_{width}" for width in (64, 512, 8192))}
+    assert set(report.GROUPED_BY) == set(get_args(ClusterMethod)) - of_gradients
+    assert set(clusters.TRIED) == set(get_args(Method))
 
 
 @given(st.sets(st.sampled_from(sorted(QUALITY))))
@@ -263,7 +295,7 @@ def test_of_one_cluster_only_what_has_a_meaning_is_told():
     lonely = {
         "conflicting_pairs": {"inside": 0.2, "between": None},
         "variance_inside": {"share": 1.0, "at_random": 1.0},
-        "stability": 1.0,
+        "stability": None,
         "length": {"explained": 0.0, "longer": [None]},
         "left_out": {"examples": 0, "tokens": 0, "response_tokens": 0},
         "candidates": {},

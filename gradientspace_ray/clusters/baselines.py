@@ -8,14 +8,13 @@ random projection, C clusters.
 """
 
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 from sklearn.cluster import Birch
 from sklearn.exceptions import ConvergenceWarning
 
 from gradientspace_ray.clusters.kmeans import fit_kmeans
-from gradientspace_ray.clusters.rows import NEGLIGIBLE_NORM, check_count, sample, unit_rows
+from gradientspace_ray.clusters.rows import blocks_of, check_count, row_lengths, sample, scaled, unit_rows
 
 BIRCH_EXAMPLES = 5000
 """ELREA fits its clusters on this many examples."""
@@ -24,8 +23,6 @@ BIRCH_THRESHOLD = 0.5
 sqrt((1 - c) / 2), so they share a subcluster when c is one half or more. With a threshold of sqrt(1/2) or more,
 orthogonal rows would share one, as they happen to come. Gradients of one skill, with cosines of about 0.1, lie
 between: groups of them have a radius near 1, so no threshold makes subclusters of skills."""
-NUMBERS_AT_ONCE = 2**24
-"""Numbers of the projection that are copied together."""
 
 
 def random_labels(examples: int, count: int, seed: int) -> np.ndarray:
@@ -73,8 +70,7 @@ def birch_labels(projection_NP: np.ndarray, count: int, seed: int) -> np.ndarray
     the largest cluster.
 
     Args:
-        projection_NP: random projections of the gradients, of any length. It is read in parts, and may be a memory
-            map.
+        projection_NP: random projections of the gradients, of any length.
         count: number of clusters wanted.
         seed: decides the sample.
 
@@ -85,18 +81,17 @@ def birch_labels(projection_NP: np.ndarray, count: int, seed: int) -> np.ndarray
         ValueError: more clusters than examples, or fewer than one; or a row that is not finite.
     """
     check_count(count, len(projection_NP))
-    norms_N = _norms(projection_NP)
-    live_N = norms_N > NEGLIGIBLE_NORM * norms_N.max()
+    lengths_N = row_lengths(projection_NP)
     labels_N = np.zeros(len(projection_NP), dtype=int)
-    if count == 1 or not live_N.any():
+    live_L = np.flatnonzero(lengths_N)
+    if count == 1 or not len(live_L):
         return labels_N
-    norms_N[~live_N] = np.inf
-    live_L = np.flatnonzero(live_N)
     fitted_F = live_L[sample(len(live_L), BIRCH_EXAMPLES, [seed, 11])]
-    means_CP = _birch_means(_scaled(projection_NP[fitted_F], norms_N[fitted_F]), count)
-    for rows in _parts(projection_NP):
-        labels_N[rows] = (_scaled(projection_NP[rows], norms_N[rows]) @ means_CP.T).argmax(axis=1)
-    labels_N[~live_N] = np.bincount(labels_N[live_N]).argmax()
+    means_CP = _birch_means(scaled(projection_NP[fitted_F], lengths_N[fitted_F]).astype(np.float32), count)
+    for rows in blocks_of(projection_NP):
+        # The length of a row does not change which mean is the nearest.
+        labels_N[rows] = (projection_NP[rows].astype(np.float32) @ means_CP.T).argmax(axis=1)
+    labels_N[lengths_N == 0] = np.bincount(labels_N[live_L]).argmax()
     return labels_N
 
 
@@ -108,23 +103,3 @@ def _birch_means(unit_FP: np.ndarray, count: int) -> np.ndarray:
         found_F = Birch(threshold=BIRCH_THRESHOLD, n_clusters=count).fit(unit_FP).labels_
     means_CP = [unit_FP[found_F == label].mean(axis=0, dtype=np.float64) for label in np.unique(found_F)]
     return unit_rows(np.stack(means_CP)).astype(np.float32)
-
-
-def _norms(projection_NP: np.ndarray) -> np.ndarray:
-    """Lengths of the rows, [N] float64."""
-    norms_N = np.empty(len(projection_NP))
-    for rows in _parts(projection_NP):
-        norms_N[rows] = np.linalg.norm(np.asarray(projection_NP[rows], dtype=np.float64), axis=1)
-    if not np.isfinite(norms_N).all():
-        bad = int((~np.isfinite(norms_N)).argmax())
-        raise ValueError(f"the projection of example {bad} is not finite; run the gradients stage again")
-    return norms_N
-
-
-def _scaled(rows_NP: np.ndarray, norms_N: np.ndarray) -> np.ndarray:
-    return (rows_NP / norms_N[:, None]).astype(np.float32)
-
-
-def _parts(projection_NP: np.ndarray) -> Iterator[slice]:
-    rows_at_once = max(1, NUMBERS_AT_ONCE // projection_NP.shape[1])
-    return (slice(start, start + rows_at_once) for start in range(0, len(projection_NP), rows_at_once))

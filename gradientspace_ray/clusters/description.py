@@ -13,11 +13,11 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 
-from gradientspace_ray.clusters.rows import sample
-from gradientspace_ray.clusters.sums import cluster_count, cluster_sums, unit_blocks
+from gradientspace_ray.clusters.rows import sample, unit_blocks
+from gradientspace_ray.clusters.sums import cluster_count, cluster_sums
 
 TEXT_EXAMPLES, MIN_TEXT_EXAMPLES = 20_000, 300
-"""Texts that are read, in all, and at least of each cluster, where it has so many."""
+"""Texts that are shared out by size, and how many a small cluster has at least, where there are few clusters."""
 TEXT_CHARACTERS = 20_000
 """A text is read up to here."""
 TERMS, TYPICAL = 8, 5
@@ -50,7 +50,7 @@ def describe(
         ids: of the examples.
         coordinates_NK: coordinates of the examples.
         labels_N: cluster of each, 0 .. C - 1, every one present; below 0 where it was left out.
-        texts_of: sorted indices of examples -> what they say; asked once, for about 20,000 at most.
+        texts_of: sorted indices of examples -> what they say; asked once, for those of `text_sample`.
         longer: probability that an answer of a cluster is longer than one of another, see `quality.length`.
         reserved: names that no cluster may have.
         seed: decides which texts are read.
@@ -75,15 +75,17 @@ def describe(
 
 
 def text_sample(labels_N: np.ndarray, seed: int) -> np.ndarray:
-    """Sorted indices of the examples whose texts are read: of each cluster its share, but some hundred of a small one.
+    """Sorted indices of the examples whose texts are read: of each cluster its share, but enough of a small one.
 
-    Of at most 20,000 examples, all that have a cluster.
+    Of each cluster its share of 20,000, or if that is more, 300 or an equal part of 20,000, whichever is the smaller;
+    all of a cluster that has no more than this. So it is 40,000 at most, for up to 20,000 clusters.
     """
-    placed = int((labels_N >= 0).sum())
+    placed, clusters = int((labels_N >= 0).sum()), cluster_count(labels_N)
+    least = max(1, min(MIN_TEXT_EXAMPLES, TEXT_EXAMPLES // max(clusters, 1)))
     chosen = []
-    for label in range(cluster_count(labels_N)):
+    for label in range(clusters):
         members = np.flatnonzero(labels_N == label)
-        wanted = max(MIN_TEXT_EXAMPLES, TEXT_EXAMPLES * len(members) // placed)
+        wanted = max(least, TEXT_EXAMPLES * len(members) // placed)
         chosen.append(members[sample(len(members), wanted, [seed, 6, label])])
     return np.sort(np.concatenate(chosen)) if chosen else np.arange(0)
 
@@ -101,8 +103,10 @@ def term_shares(texts: Sequence[str], labels_S: np.ndarray) -> tuple[list[str], 
     )
     try:
         held_SV = vectorizer.fit_transform(text[:TEXT_CHARACTERS] for text in texts)
-    except ValueError:
+    except ValueError as error:
         # scikit-learn's way of saying that the texts have no words.
+        if not str(error).startswith("empty vocabulary"):
+            raise
         return [], np.zeros((clusters, 0))
     members_CS = csr_matrix((np.ones(len(labels_S)), (labels_S, np.arange(len(labels_S)))))
     shares_CV = (members_CS @ held_SV).toarray() / np.bincount(labels_S)[:, None]

@@ -12,11 +12,13 @@ from scipy.linalg import eigh
 from scipy.sparse import csr_matrix, diags, identity
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
+from threadpoolctl import threadpool_limits
 
 from gradientspace_ray.clusters.kmeans import fit_kmeans
 from gradientspace_ray.clusters.neighbours import Search, label_by_neighbours, nearest_others
 from gradientspace_ray.clusters.rows import FIT_EXAMPLES, around_zero_rows, check_count, sample, unit_rows
 
+NEGLIGIBLE_COSINE = 1e-6
 DENSE_EXAMPLES = 2000
 """Up to this many examples of a component, eigenvectors are computed without iteration, which is exact and quick."""
 
@@ -42,7 +44,8 @@ def neighbour_graph(coordinates_NK: np.ndarray, neighbours: int, search: Search 
     if used < 1:
         return csr_matrix((count, count))
     cosines_LM, indices_LM = nearest_others(unit_NK[live], used, search)
-    weights = np.clip(cosines_LM, 0, None).ravel()
+    # Orthogonal rows have a cosine of rounding, which would tie pieces of the graph to each other.
+    weights = np.where(cosines_LM > NEGLIGIBLE_COSINE, cosines_LM, 0).ravel()
     graph = csr_matrix((weights, (np.repeat(live, used), live[indices_LM.ravel()])), shape=(count, count))
     graph = (graph + graph.T) / 2
     graph.eliminate_zeros()
@@ -96,6 +99,12 @@ def laplacian_eigenmap(graph: csr_matrix, count: int, seed: int) -> tuple[np.nda
 
 def _leading(affinity_LL: csr_matrix, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The `count` largest eigenvalues, falling, and their vectors: those of one component."""
+    # Of several threads, last bits depend on their number.
+    with threadpool_limits(1):
+        return _solved(affinity_LL, count, seed)
+
+
+def _solved(affinity_LL: csr_matrix, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     size = affinity_LL.shape[0]
     if size <= DENSE_EXAMPLES or count >= size - 1:
         values_E, vectors_LE = eigh(affinity_LL.toarray(), subset_by_index=(size - count, size - 1))

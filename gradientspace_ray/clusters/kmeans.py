@@ -14,12 +14,14 @@ from gradientspace_ray.clusters.sums import cluster_sums
 
 STARTS = 10
 """Starts of k-means, the best of which is kept."""
+MAX_ROUNDS = 100
 
 
 def spherical_kmeans(coordinates_NK: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """k-means on unit vectors, then each example to the nearest direction by cosine; zero rows to the largest cluster.
+    """Spherical k-means (Dhillon and Modha, Machine Learning 42, 2001); zero rows go to the largest cluster.
 
-    Of more than `FIT_EXAMPLES` examples the directions are those of a seeded sample.
+    It begins with the clusters of scikit-learn's k-means on unit vectors. Of more than `FIT_EXAMPLES` examples the
+    directions are those of a seeded sample.
 
     Args:
         coordinates_NK: coordinates of the examples, scaled to unit length here.
@@ -37,9 +39,22 @@ def spherical_kmeans(coordinates_NK: np.ndarray, count: int, seed: int) -> np.nd
     def cluster(unit_LK: np.ndarray) -> np.ndarray:
         fitted_FK = unit_LK[sample(len(unit_LK), FIT_EXAMPLES, [seed, 4])]
         centres_CK = fit_kmeans(fitted_FK, min(count, len(fitted_FK)), seed).cluster_centers_
-        return (unit_LK @ unit_rows(centres_CK).T).argmax(axis=1)
+        return (unit_LK @ _directions(fitted_FK, unit_rows(centres_CK)).T).argmax(axis=1)
 
     return around_zero_rows(unit_rows(coordinates_NK), cluster)
+
+
+def _directions(unit_FK: np.ndarray, directions_CK: np.ndarray) -> np.ndarray:
+    """Unit means of the rows that are nearest to them by cosine, [C, K], from a first guess."""
+    labels_F = np.full(len(unit_FK), -1)
+    for _ in range(MAX_ROUNDS):
+        previous_F, labels_F = labels_F, (unit_FK @ directions_CK.T).argmax(axis=1)
+        if np.array_equal(previous_F, labels_F):
+            break
+        sums_CK = np.stack([unit_FK[labels_F == label].sum(axis=0) for label in range(len(directions_CK))])
+        # One that lost its rows stays where it was.
+        directions_CK = np.where(sums_CK.any(axis=1, keepdims=True), unit_rows(sums_CK), directions_CK)
+    return directions_CK
 
 
 def centroids(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> np.ndarray:

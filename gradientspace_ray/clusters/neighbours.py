@@ -3,7 +3,6 @@
 Shapes: L places, Q queries, K coordinates, M neighbours, C clusters.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -41,31 +40,6 @@ def nearest_others(unit_LK: np.ndarray, neighbours: int, search: Search = "exact
     return 1 - distances_LM**2 / 2, indices_LM
 
 
-def nearest_places(
-    unit_QK: np.ndarray, places_LK: np.ndarray, neighbours: int, search: Search = "exact"
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Of each query the nearest places, nearest first, some queries at a time.
-
-    Args:
-        unit_QK: queries of unit length.
-        places_LK: rows of unit length.
-        neighbours: M; at most all places are used.
-        search: see `nearest_others`.
-
-    Yields:
-        (which queries, cosines [., M] float64, indices [., M]).
-    """
-    used = min(neighbours, len(places_LK))
-    index = None if search == "faiss" else NearestNeighbors(n_neighbors=used, algorithm="brute").fit(places_LK)
-    for start in range(0, len(unit_QK), QUERIES_AT_ONCE):
-        part = slice(start, min(start + QUERIES_AT_ONCE, len(unit_QK)))
-        if index is None:
-            yield part, *_faiss(places_LK, unit_QK[part], used)
-        else:
-            distances_QM, indices_QM = index.kneighbors(unit_QK[part])
-            yield part, 1 - distances_QM**2 / 2, indices_QM
-
-
 def label_by_neighbours(
     unit_QK: np.ndarray, places_LK: np.ndarray, labels_L: np.ndarray, neighbours: int, search: Search = "exact"
 ) -> np.ndarray:
@@ -81,38 +55,22 @@ def label_by_neighbours(
     Returns:
         [Q] labels; of equal sums the lowest.
     """
+    used = min(neighbours, len(places_LK))
+    index = None if search == "faiss" else NearestNeighbors(n_neighbors=used, algorithm="brute").fit(places_LK)
     labels_Q = np.empty(len(unit_QK), dtype=int)
-    for part, cosines_QM, indices_QM in nearest_places(unit_QK, places_LK, neighbours, search):
+    for start in range(0, len(unit_QK), QUERIES_AT_ONCE):
+        part = slice(start, start + QUERIES_AT_ONCE)
+        if index is None:
+            cosines_QM, indices_QM = _faiss(places_LK, unit_QK[part], used)
+        else:
+            distances_QM, indices_QM = index.kneighbors(unit_QK[part])
+            cosines_QM = 1 - distances_QM**2 / 2
         # Neighbours that point away count only where no other does.
         weights_QM = np.maximum(cosines_QM, LEAST_WEIGHT)
         votes_QC = np.zeros((len(cosines_QM), int(labels_L.max()) + 1))
         np.add.at(votes_QC, (np.arange(len(cosines_QM))[:, None], labels_L[indices_QM]), weights_QM)
         labels_Q[part] = votes_QC.argmax(axis=1)
     return labels_Q
-
-
-def mean_cosines(unit_NK: np.ndarray, places: np.ndarray, neighbours: int, search: Search = "exact") -> np.ndarray:
-    """Mean cosine of each row with the nearest of some rows, itself left out.
-
-    Args:
-        unit_NK: at least two rows of unit length.
-        places: sorted indices of the rows that may be neighbours, at least two.
-        neighbours: M; at most all others are used.
-        search: see `nearest_others`.
-
-    Returns:
-        [N] float64.
-    """
-    means_N = np.empty(len(unit_NK))
-    used = min(neighbours, len(places) - 1)
-    among_N = np.zeros(len(unit_NK), dtype=bool)
-    among_N[places] = True
-    cosines_LM, _ = nearest_others(unit_NK[places], used, search)
-    means_N[places] = cosines_LM.mean(axis=1)
-    others = np.flatnonzero(~among_N)
-    for part, cosines_QM, _ in nearest_places(unit_NK[others], unit_NK[places], used, search):
-        means_N[others[part]] = cosines_QM.mean(axis=1)
-    return means_N
 
 
 def _faiss(places_LK: np.ndarray, unit_QK: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,8 @@
 """What clusters are worth.
 
+Coordinates are those of the gradients as the sketch sees them, in the directions it kept. A gradient's other energy is
+left out, so that cosines are larger, positive or negative, than those of full gradients.
+
 Shapes: N examples, K coordinates, C clusters. A label below 0 is an example that was left out of every cluster: it is
 counted as such, and not judged.
 """
@@ -13,8 +16,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from gradientspace_ray.clusters.neighbours import nearest_others
-from gradientspace_ray.clusters.rows import sample
-from gradientspace_ray.clusters.sums import cluster_count, cluster_sums, row_lengths, unit_at
+from gradientspace_ray.clusters.rows import row_lengths, sample, unit_at
+from gradientspace_ray.clusters.sums import cluster_count, cluster_sums
 
 PAIR_EXAMPLES = 2000
 """Pairs are counted among a sample of this many examples."""
@@ -54,14 +57,13 @@ def judge(
         `count`: C.
         `sizes`, `tokens`, `response_tokens`: examples of a cluster, their tokens, those of their answers.
         `left_out`: `examples`, `tokens` and `response_tokens` that are in no cluster.
-        `coherence`: see `coherence`.
-        `conflicting_pairs`: `inside` and `between`, see `conflicting_pairs`.
-        `variance_inside`: `share` and `at_random`, see `variance_inside`.
-        `stability`: see `stability`; of at most 2,000 examples, 10 times.
+        `coherence`, `conflicting_pairs` (`inside` and `between`), `variance_inside` (`share` and `at_random`): of the
+        gradients in the directions that the sketch kept, see the functions of these names.
+        `stability`: see `stability`; of at most 2,000 examples, 10 times. None where it says nothing.
         `length`: `explained` and `longer`, see `length`.
         `ari`, `nmi`, `purity`: see `agreement`; `nn_purity`: see `nearest_neighbour_purity`. Absent without labels.
     """
-    places = sample(len(labels_N), STABILITY_EXAMPLES, [seed, 3])
+    places = sample(len(labels_N), STABILITY_EXAMPLES, [seed, 8])
     left_out = labels_N < 0
     purity = nearest_neighbour_purity(coordinates_NK, domains, seed)
     return {
@@ -85,7 +87,7 @@ def judge(
 
 
 def coherence(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> list[float]:
-    """Mean cosine between two different examples of a cluster, one number for each; 1 for a cluster of one.
+    """Mean cosine between the coordinates of two different examples of a cluster, for each; 1 for a cluster of one.
 
     From the length of the sum of the n unit vectors, (|sum|^2 - n) / (n (n - 1)), so no pair is formed.
     """
@@ -119,7 +121,7 @@ def variance_inside(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> dict[st
 
 
 def conflicting_pairs(coordinates_NK: np.ndarray, labels_N: np.ndarray, seed: int) -> dict[str, float | None]:
-    """Share of pairs whose cosine is negative: steps that undo each other.
+    """Share of pairs whose coordinates have a negative cosine: steps that undo each other in the kept directions.
 
     Args:
         coordinates_NK: coordinates of the examples.
@@ -180,19 +182,27 @@ def stability(
         seed: decides the subsamples.
 
     Returns:
-        About 0 for chance, 1 for the same clusters each time; None for fewer than 3 examples.
+        About 0 for chance, 1 for the same clusters each time; None for fewer than 3 examples, and for fewer than 2
+        clusters, which always come out again.
     """
     placed = np.flatnonzero(labels_N >= 0)
-    if len(placed) < 3:
+    if len(placed) < 3 or len(np.unique(labels_N[placed])) < 2:
         return None
-    subsamples = [placed[chosen] for chosen in subsample_indices(len(placed), repeats, seed)]
+    # Not the subsamples by which the number of clusters was chosen: these favour that number.
+    subsamples = [placed[chosen] for chosen in subsample_indices(len(placed), repeats, [seed, 7])]
     return float(np.mean([adjusted_rand_score(labels_N[chosen], cluster_again(chosen)) for chosen in subsamples]))
 
 
-def subsample_indices(examples: int, repeats: int, seed: int) -> list[np.ndarray]:
-    """Sorted indices of random subsamples of 80 % (at least two examples), without replacement."""
+def subsample_indices(examples: int, repeats: int, seeds: Sequence[int]) -> list[np.ndarray]:
+    """Sorted indices of random subsamples of 80 % (at least two examples), without replacement.
+
+    Args:
+        examples: number to draw from.
+        repeats: number of subsamples.
+        seeds: decide them; other numbers for every purpose.
+    """
     size = max(2, round(SUBSAMPLE_SHARE * examples))
-    return [sample(examples, size, [seed, 2, repeat]) for repeat in range(repeats)]
+    return [sample(examples, size, [*seeds, repeat]) for repeat in range(repeats)]
 
 
 def agreement(labels_N: np.ndarray, truth: Sequence[str | None]) -> dict[str, float]:

@@ -3,34 +3,71 @@
 Shapes: N examples, L of them whose coordinates are not zero, K coordinates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 FIT_EXAMPLES = 20_000
 """Of more examples than this, clusters are those of a sample, which the rest join."""
+BLOCK_NUMBERS = 2**22
+"""Numbers that are copied together."""
 NEGLIGIBLE_NORM = 1e-6
 """Of the longest row. A zero gradient leaves the sketch with coordinates of about 1e-16, a direction of rounding."""
 
 
+def row_lengths(coordinates_NK: np.ndarray) -> np.ndarray:
+    """Lengths of the rows, [N] float64; 0 for one shorter than a millionth of the longest, which has no direction.
+
+    Raises:
+        ValueError: not a matrix, or not finite.
+    """
+    if coordinates_NK.ndim != 2:
+        raise ValueError(f"coordinates have the shape {coordinates_NK.shape}; needed: examples x coordinates")
+    lengths_N = np.empty(len(coordinates_NK))
+    for block in blocks_of(coordinates_NK):
+        lengths_N[block] = np.linalg.norm(coordinates_NK[block].astype(np.float64), axis=1)
+    if not np.isfinite(lengths_N).all():
+        bad = int((~np.isfinite(lengths_N)).argmax())
+        raise ValueError(f"row {bad} of the coordinates is not finite; run the gradients stage again")
+    lengths_N[lengths_N <= NEGLIGIBLE_NORM * lengths_N.max(initial=0)] = 0
+    return lengths_N
+
+
 def unit_rows(coordinates_NK: np.ndarray) -> np.ndarray:
-    """Rows scaled to unit length, float64; a row shorter than a millionth of the longest becomes zero.
+    """Rows scaled to unit length, [N, K] float64; those without a direction, see `row_lengths`, become zero.
 
     Raises:
         ValueError: not a matrix with at least one row, or not finite.
     """
-    rows_NK = np.array(coordinates_NK, dtype=np.float64)
+    rows_NK = np.asarray(coordinates_NK)
     if rows_NK.ndim != 2 or not rows_NK.size:
         raise ValueError(f"coordinates have the shape {rows_NK.shape}; needed: at least one example and one coordinate")
-    squares_N = np.einsum("nk,nk->n", rows_NK, rows_NK)
-    if not np.isfinite(squares_N).all():
-        bad = int((~np.isfinite(squares_N)).argmax())
-        raise ValueError(f"the coordinates of example {bad} are not finite; make the sketch again")
-    norms_N = np.sqrt(squares_N)
-    live_N = norms_N > NEGLIGIBLE_NORM * norms_N.max()
-    rows_NK /= np.where(live_N, norms_N, 1)[:, None]
-    rows_NK[~live_N] = 0
-    return rows_NK
+    return scaled(rows_NK, row_lengths(rows_NK))
+
+
+def unit_at(coordinates_NK: np.ndarray, chosen_S: np.ndarray) -> np.ndarray:
+    """Coordinates of the chosen examples, [S, K] float64 of unit length, see `row_lengths`."""
+    return scaled(coordinates_NK[chosen_S], row_lengths(coordinates_NK)[chosen_S])
+
+
+def unit_blocks(coordinates_NK: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Runs of examples and their coordinates, [., K] float64 of unit length, see `row_lengths`."""
+    lengths_N = row_lengths(coordinates_NK)
+    for block in blocks_of(coordinates_NK):
+        yield block, scaled(coordinates_NK[block], lengths_N[block])
+
+
+def blocks_of(rows_NK: np.ndarray) -> Iterator[slice]:
+    """Runs of rows whose copies in float64 are small."""
+    at_once = max(1, BLOCK_NUMBERS // max(1, rows_NK.shape[1]))
+    return (slice(start, min(start + at_once, len(rows_NK))) for start in range(0, len(rows_NK), at_once))
+
+
+def scaled(rows_NK: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
+    """Rows over their lengths, float64; zero where the length is."""
+    scaled_NK = rows_NK.astype(np.float64)
+    scaled_NK /= np.where(lengths_N > 0, lengths_N, np.inf)[:, None]
+    return scaled_NK
 
 
 def sample(examples: int, size: int, seed: Sequence[int]) -> np.ndarray:

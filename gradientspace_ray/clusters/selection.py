@@ -10,7 +10,7 @@ from gradientspace_ray.clusters.graph import eigenmap_clusters, laplacian_eigenm
 from gradientspace_ray.clusters.kmeans import centroids, spherical_kmeans
 from gradientspace_ray.clusters.methods import Method
 from gradientspace_ray.clusters.quality import subsample_indices
-from gradientspace_ray.clusters.rows import sample, unit_rows
+from gradientspace_ray.clusters.rows import row_lengths, sample, unit_at
 
 SELECTION_EXAMPLES = 2000
 REPEATS = 10
@@ -44,18 +44,19 @@ def choose_count(
         (the number, all candidates). One cluster, and no candidates, where the examples are fewer than four, all alike
         or all zero.
     """
-    unit_NK = unit_rows(coordinates_NK)
-    unit_NK = unit_NK[unit_NK.any(axis=1)]
-    unit_NK = unit_NK[sample(len(unit_NK), SELECTION_EXAMPLES, [seed, 3])]
+    live = np.flatnonzero(row_lengths(coordinates_NK))
+    unit_NK = unit_at(coordinates_NK, live[sample(len(live), SELECTION_EXAMPLES, [seed, 3])])
     distinct = len(np.unique(unit_NK.round(9), axis=0))
     counts = range(2, min(max_count, distinct, len(unit_NK) // EXAMPLES_PER_CLUSTER) + 1)
     if not counts:
         return 1, {}
     whole = _clusterings(unit_NK, counts, method, neighbours, seed)
     agreements: dict[int, list[float]] = {count: [] for count in counts}
-    for chosen in subsample_indices(len(unit_NK), REPEATS, seed):
+    for chosen in subsample_indices(len(unit_NK), REPEATS, [seed, 2]):
         for count, labels in _clusterings(unit_NK[chosen], counts, method, neighbours, seed).items():
-            agreements[count].append(adjusted_rand_score(whole[count][chosen], labels))
+            # What lies apart from all clusters, in one of the two, says nothing about them.
+            both = (whole[count][chosen] >= 0) & (labels >= 0)
+            agreements[count].append(adjusted_rand_score(whole[count][chosen][both], labels[both]))
     values_E, _ = laplacian_eigenmap(neighbour_graph(unit_NK, neighbours), counts[-1] + 1, seed)
     candidates = {}
     for count in (1, *counts):
@@ -68,7 +69,10 @@ def choose_count(
 def _clusterings(
     unit_NK: np.ndarray, counts: range, method: Method, neighbours: int, seed: int
 ) -> dict[int, np.ndarray]:
-    """Labels [N] of every count, or of as many clusters as there are examples; one eigenmap serves all."""
+    """Labels [N] of every count, or of as many clusters as there are examples; one eigenmap serves all.
+
+    See `eigenmap_clusters` for those below 0.
+    """
     possible = {count: min(count, len(unit_NK)) for count in counts}
     if method == "kmeans":
         return {count: spherical_kmeans(unit_NK, used, seed) for count, used in possible.items()}

@@ -92,7 +92,9 @@ def _convert(gguf_file: Path, folder: Path) -> None:
 def _reason(returncode: int, stderr: str) -> str:
     """What ended a Python process: a signal, or the error that its last traceback explains, in one line."""
     if returncode < 0:
-        return signal.Signals(-returncode).name
+        # Most real-time signals have no name.
+        names = {known.value: known.name for known in signal.Signals}
+        return names.get(-returncode, f"signal {-returncode}")
     # The lines of a traceback that are not indented begin with the error; its message may go on for more.
     lines = stderr.rpartition("Traceback (most recent call last):")[2].splitlines()
     return next((line for line in lines if line and not line[0].isspace()), f"exit status {returncode}")

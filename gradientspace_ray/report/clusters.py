@@ -11,6 +11,12 @@ from gradientspace_ray.report import figures
 from gradientspace_ray.report.figures import colour
 from gradientspace_ray.report.page import ClusterCard, Figure, Headline, Section, Typical, shorten
 
+AS_SKETCHED = (
+    "Gradients are judged as the sketch sees them, in the directions it kept: a gradient's other energy is left out, "
+    "so that cosines are larger, positive or negative, than those of full gradients."
+)
+TRIED = ("graph", "kmeans")
+"""Values of `clusters.method` that make the very clusters whose number was chosen."""
 TYPICAL_EXAMPLES = 3
 TEXT_CHARACTERS = 900
 
@@ -94,9 +100,7 @@ def worth(quality: Mapping[str, Any], clusters: int) -> Section | None:
     return Section(
         "worth",
         "What the clusters are worth",
-        "Judged by the gradients alone: hidden labels, where the data has them, had no say in the clusters."
-        if "ari" in quality
-        else "Judged by the gradients alone.",
+        f"{AS_SKETCHED} Hidden labels had no say in the clusters." if "ari" in quality else AS_SKETCHED,
         (figure,) if figure else (),
         facts,
     )
@@ -108,10 +112,13 @@ def _label_free(quality: Mapping[str, Any], clusters: int) -> list[Headline]:
     variance, length, left_out = (quality.get(key) or {} for key in ("variance_inside", "length", "left_out"))
     several = clusters > 1
     if stability is not None and several:
-        note = "ARI of these clusters with those made without a fifth of the examples: 1 the same, 0 chance"
+        note = (
+            "agreement (ARI) with the clusters of random four fifths of the examples, or of 2,000 of them where there "
+            "are more: 1 the same, 0 chance"
+        )
         facts.append(Headline(f"{stability:.2f}", "stability", note))
     if conflicts.get("inside") is not None:
-        note = "pairs of examples that would undo each other's step (cosine of their gradients below 0)"
+        note = "pairs of examples that would undo each other's step (cosine below 0 in the directions that the sketch kept)"
         value = f"{conflicts['inside']:.0%}"
         if conflicts.get("between") is not None:
             value += f" / {conflicts['between']:.0%}"
@@ -119,8 +126,9 @@ def _label_free(quality: Mapping[str, Any], clusters: int) -> list[Headline]:
         facts.append(Headline(value, "conflicts inside / between" if several else "conflicts inside", note))
     if "share" in variance and several:
         note = (
-            f"of the gradients' variance is left inside the clusters; groups drawn at random would leave "
-            f"{variance['at_random']:.1%}. Gradients stand nearly at right angles, so that little can be explained"
+            "of the gradients' variance in the directions that the sketch kept is left inside the clusters; groups "
+            f"drawn at random would leave {variance['at_random']:.1%}. Gradients stand nearly at right angles, so that "
+            "little can be explained"
         )
         facts.append(Headline(f"{variance['share']:.1%}", "variance inside", note))
     if "explained" in length and several:
@@ -156,22 +164,24 @@ def _against_labels(quality: Mapping[str, Any]) -> list[Headline]:
 
 
 def _counts(quality: Mapping[str, Any], clusters: int) -> Figure | None:
-    """Why so many clusters: the score of every number that was tried."""
+    """Why so many clusters: the score of every number that was tried on the gradients, whatever made the clusters."""
     candidates = quality.get("candidates") or {}
     if not candidates or not all({"score", "stability", "separation"} <= set(found) for found in candidates.values()):
         return None
-    chosen = quality.get("chosen_count")
+    method, chosen = quality.get("method", ""), quality.get("chosen_count")
     rows = []
     for count, found in sorted(candidates.items(), key=lambda item: int(item[0])):
         name = f"chosen: {count}" if int(count) == chosen else str(count)
         parts = f"{found['score']:.3f}  (stability {found['stability']:.2f}, separation {found['separation']:.3f})"
         rows.append((name, max(found["score"], 0.0), parts))
     merged = f" Small clusters were then merged, which leaves {clusters}." if chosen not in (None, clusters) else ""
+    again = "k-means makes the same clusters of gradients" if method == "kmeans" else "it falls into the same clusters"
+    other = "" if method in ("", *TRIED) else " The clusters of this page are made otherwise, at the chosen number."
     return Figure(
-        "How many clusters",
+        "How many clusters the gradients' graph has",
         figures.bars(rows, "Score of each number of clusters"),
-        "Score of each number that was tried: how surely the same clusters come out when examples are left out "
-        f"(stability), and how clear the cut between them is (separation).{merged}",
+        f"Score of each number that was tried on the graph of nearest gradients: how surely {again} when examples are "
+        f"left out (stability), and how clearly it falls into that many parts (separation).{other}{merged}",
     )
 
 

@@ -32,7 +32,7 @@ def project(coordinates_NK: np.ndarray, seed: int) -> np.ndarray:
     points_N2[:, :components] = left[:, :components] * values[:components]
     if count >= MIN_EXAMPLES_FOR_TSNE:
         # scikit-learn's own start divides by zero, and its tree then crashes, when all examples are equal.
-        jitter_N2 = np.random.default_rng([seed, count]).normal(scale=START_JITTER, size=points_N2.shape)
+        jitter_N2 = np.random.default_rng([seed, 13]).normal(scale=START_JITTER, size=points_N2.shape)
         start_N2 = START_SPREAD * points_N2 / (points_N2[:, 0].std() or 1.0) + jitter_N2
         perplexity = min(30.0, (count - 1) / 4)
         estimator = TSNE(perplexity=perplexity, init=start_N2.astype(np.float32), random_state=seed)

@@ -1,6 +1,8 @@
 """Clusters of the training examples in gradient space; driver work, for coordinates are small."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,8 @@ from gradientspace_ray.stages.encode import encodings
 from gradientspace_ray.stages.progress import Bars
 
 LINE = "clusters"
+# Names in tables of losses, beside those of the experts.
+RESERVED = (AUTO, BASE, GENERALIST, "routed", "oracle")
 EXAMPLES, COORDINATES, PROJECTION = "examples/train.parquet", "sketch/coordinates.parquet", "sketch/projection.parquet"
 AGAIN = "run the gradients stage again"
 Cluster = Callable[[np.ndarray, int], np.ndarray]
@@ -35,46 +39,52 @@ def cluster(recipe: Recipe, run: RunDirectory) -> Summary:
     serves to judge them afterwards and nothing else.
 
     Raises:
-        RunError: coordinates and examples do not belong together.
+        RunError: coordinates and examples do not belong together, or are damaged.
         ValueError: `clusters.count` asks for more clusters than there are examples.
     """
     ids, coordinates_NK = _matrix(run, COORDINATES, "coordinates")
-    examples = _examples(run, ids)
+    examples = _Examples(run, ids)
     settings, seed = recipe.clusters, recipe.seed
-    clusters_among = _clusterer(recipe, run, ids, coordinates_NK, examples["tokens"].to_numpy())
+    clusters_among = _clusterer(recipe, run, coordinates_NK, examples)
     candidates: Candidates = {}
     with Bars() as bars:
-        bars.update(LINE, 0, 4, "looking for outliers")
         kept = np.arange(len(ids))
         if settings.outliers == "leave_out":
-            kept = _kept(outliers(coordinates_NK, settings.neighbours, seed, settings.search))
+            bars.update(LINE, 0, 4, "looking for outliers")
+            kept = _kept(outliers(coordinates_NK, settings.neighbours, seed), settings.count)
         bars.update(LINE, 1, 4, "choosing the count")
         count = settings.count
         if count == "auto":
             method: Method = "kmeans" if settings.method == "kmeans" else "graph"
-            kept_NK = coordinates_NK[kept]
-            count, candidates = choose_count(kept_NK, settings.max_count, method, settings.neighbours, seed)
+            count, candidates = choose_count(
+                _at(coordinates_NK, kept), settings.max_count, method, settings.neighbours, seed
+            )
+
+        def settled(chosen: np.ndarray, count: int) -> np.ndarray:
+            # Of a part of the examples, a cluster has that part.
+            smallest = math.ceil(settings.min_examples * len(chosen) / len(ids))
+            return merge_small(_at(coordinates_NK, chosen), clusters_among(chosen, count), smallest)
+
         bars.update(LINE, 2, 4, "clustering")
         labels_N = np.full(len(ids), -1)
-        found = clusters_among(kept, count)
-        labels_N[kept] = by_size(merge_small(coordinates_NK[kept], found, settings.min_examples))
+        labels_N[kept] = by_size(settled(kept, count))
         bars.update(LINE, 3, 4, "judging")
         judged = judge(
             coordinates_NK,
             labels_N,
-            domains=examples["domain"].to_pylist(),
-            tokens_N=examples["tokens"].to_numpy(),
-            response_tokens_N=examples["label_tokens"].to_numpy(),
-            cluster_again=lambda chosen: clusters_among(chosen, min(count, len(chosen))),
+            domains=examples.domains,
+            tokens_N=examples.tokens_N,
+            response_tokens_N=examples.response_tokens_N,
+            cluster_again=lambda chosen: settled(chosen, min(count, len(chosen))),
             seed=seed,
         )
         described = describe(
             ids,
             coordinates_NK,
             labels_N,
-            texts_of=lambda chosen: _texts(run, [ids[index] for index in chosen]),
+            texts_of=examples.texts,
             longer=judged["length"]["longer"],
-            reserved=(AUTO, BASE, GENERALIST),
+            reserved=RESERVED,
             seed=seed,
         )
         bars.update(LINE, 4, 4)
@@ -93,72 +103,97 @@ def cluster(recipe: Recipe, run: RunDirectory) -> Summary:
     )
 
 
-def _clusterer(
-    recipe: Recipe, run: RunDirectory, ids: Sequence[str], coordinates_NK: np.ndarray, tokens_N: np.ndarray
-) -> Cluster:
+class _Examples:
+    """What is known of the examples, in the order of the ids; those of shards that failed are not asked for.
+
+    Raises:
+        RunError: an id is not among the training examples.
+    """
+
+    def __init__(self, run: RunDirectory, ids: Sequence[str]) -> None:
+        self._run = run
+        table = run.read_table(EXAMPLES, ["id", "tokens", "label_tokens", "domain"])
+        places = pc.index_in(pa.array(ids, pa.string()), table["id"].combine_chunks())
+        if places.null_count:
+            raise RunError(f"{run.path('sketch')} is not about {EXAMPLES}; {AGAIN}")
+        rows = table.take(places)
+        self.places_N: np.ndarray = places.to_numpy()
+        """Rows of `examples/train.parquet`."""
+        self.tokens_N: np.ndarray = rows["tokens"].to_numpy()
+        self.response_tokens_N: np.ndarray = rows["label_tokens"].to_numpy()
+        self.domains: list[str | None] = rows["domain"].to_pylist()
+
+    def texts(self, chosen: np.ndarray) -> list[str]:
+        """What some of them say, all messages together."""
+        wanted = self.places_N[chosen]
+        texts: dict[int, str] = {}
+        start = 0
+        for batch in self._run.read_batches(EXAMPLES, ["messages"]):
+            inside = wanted[(wanted >= start) & (wanted < start + len(batch))]
+            for place, messages in zip(inside, batch["messages"].take(pa.array(inside - start)), strict=True):
+                texts[int(place)] = " ".join(message["content"] for message in messages.as_py())
+            start += len(batch)
+        return [texts[int(place)] for place in wanted]
+
+
+def _clusterer(recipe: Recipe, run: RunDirectory, coordinates_NK: np.ndarray, examples: _Examples) -> Cluster:
     """The recipe's method, with what it reads."""
     settings, seed = recipe.clusters, recipe.seed
     method = settings.method
     if method == "random":
         return lambda chosen, count: random_labels(len(chosen), count, seed)
     if method == "length":
-        return lambda chosen, count: length_labels(tokens_N[chosen], count, seed)
+        return lambda chosen, count: length_labels(examples.tokens_N[chosen], count, seed)
     if method == "embedding":
-        encodings_NH = _encodings(recipe, run, ids)
-        return lambda chosen, count: spherical_kmeans(encodings_NH[chosen], count, seed)
+        (encodings_NH,) = encodings(recipe, run, ["train"])
+        return lambda chosen, count: spherical_kmeans(encodings_NH[examples.places_N[chosen]], count, seed)
     if width := projected_numbers(method):
-        projection_NP = _projection(run, ids, width)
-        return lambda chosen, count: birch_labels(projection_NP[chosen], count, seed)
+        # Written with the coordinates, and in their order.
+        _, projection_NP = _matrix(run, PROJECTION, "projection", width)
+        if len(projection_NP) != len(coordinates_NK):
+            raise RunError(f"{run.path(PROJECTION)} is not about {run.path(COORDINATES)}; {AGAIN}")
+        return lambda chosen, count: birch_labels(_at(projection_NP, chosen), count, seed)
     assert method in ("graph", "kmeans")
     return lambda chosen, count: clusters_of(
-        coordinates_NK[chosen], count, method, settings.neighbours, seed, settings.search
+        _at(coordinates_NK, chosen), count, method, settings.neighbours, seed, settings.search
     )
 
 
-def _kept(left_out_N: np.ndarray) -> np.ndarray:
+def _at(rows_NK: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Some of the rows, without a copy of all of them."""
+    return rows_NK if len(chosen) == len(rows_NK) else rows_NK[chosen]
+
+
+def _kept(left_out_N: np.ndarray, count: int | Literal["auto"]) -> np.ndarray:
     """Indices of the examples that are clustered: all but the outliers, unless that is none."""
-    return np.flatnonzero(~left_out_N) if not left_out_N.all() else np.arange(len(left_out_N))
+    kept = np.flatnonzero(~left_out_N)
+    if count != "auto" and len(kept) < count <= len(left_out_N):
+        raise ValueError(
+            f"clusters.outliers leaves {len(kept)} of {len(left_out_N)} examples, which cannot form {count} clusters; "
+            "set it to assign, or lower clusters.count"
+        )
+    return kept if len(kept) else np.arange(len(left_out_N))
 
 
-def _matrix(run: RunDirectory, name: str, column: str) -> tuple[list[str], np.ndarray]:
-    """Ids of the training examples and their rows, [N, .] float32."""
-    table = run.read_table(name, ["id", column])
-    ids = table["id"].to_pylist()
+def _matrix(run: RunDirectory, name: str, column: str, width: int | None = None) -> tuple[list[str], np.ndarray]:
+    """Ids of the training examples and their rows, [N, .] float32, folded to `width` numbers where that is given.
+
+    Raises:
+        RunError: there are none, or one is not finite.
+    """
+    ids: list[str] = []
+    parts = []
+    for batch in run.read_batches(name, ["id", column]):
+        rows_NK = batch[column].flatten().to_numpy().reshape(len(batch), -1)
+        finite_N = np.isfinite(rows_NK).all(axis=1)
+        if not finite_N.all():
+            bad = batch["id"][int(finite_N.argmin())]
+            raise RunError(f"{run.path(name)}: the numbers of example {bad} are not finite; {AGAIN}")
+        ids += batch["id"].to_pylist()
+        parts.append(fold(rows_NK, width) if width else rows_NK)
     if not ids:
         raise RunError(f"{run.path(name)} holds no examples; {AGAIN}")
-    return ids, table[column].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
-
-
-def _projection(run: RunDirectory, ids: Sequence[str], width: int) -> np.ndarray:
-    found, projection_NP = _matrix(run, PROJECTION, "projection")
-    if found != ids:
-        raise RunError(f"{run.path(PROJECTION)} is not about {run.path(COORDINATES)}; {AGAIN}")
-    return fold(projection_NP, width)
-
-
-def _encodings(recipe: Recipe, run: RunDirectory, ids: Sequence[str]) -> np.ndarray:
-    """Encodings of the prompts, [N, H] float32, in the order of the ids."""
-    (encodings_NH,) = encodings(recipe, run, ["train"])
-    return encodings_NH[_places(run, ids).to_numpy()]
-
-
-def _examples(run: RunDirectory, ids: Sequence[str]) -> pa.Table:
-    """Numbers of tokens, and the hidden label, in the order of the ids."""
-    return run.read_table(EXAMPLES, ["tokens", "label_tokens", "domain"]).take(_places(run, ids))
-
-
-def _texts(run: RunDirectory, ids: Sequence[str]) -> list[str]:
-    """What examples say, all messages together."""
-    rows = run.read_table(EXAMPLES, ["messages"]).take(_places(run, ids))["messages"].to_pylist()
-    return [" ".join(message["content"] for message in messages) for messages in rows]
-
-
-def _places(run: RunDirectory, ids: Sequence[str]) -> pa.Array:
-    """Where the examples stand; those of shards that failed, and were skipped, are not asked for."""
-    places = pc.index_in(pa.array(ids, pa.string()), run.read_table(EXAMPLES, ["id"])["id"].combine_chunks())
-    if places.null_count:
-        raise RunError(f"{run.path('sketch')} is not about {EXAMPLES}; {AGAIN}")
-    return places
+    return ids, np.concatenate(parts)
 
 
 def _made(names: Sequence[str], sizes: Sequence[int], left_out: int) -> str:

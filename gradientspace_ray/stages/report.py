@@ -33,6 +33,12 @@ MAX_DOTS = 3000
 MIN_EXAMPLES_TO_JUDGE = 30
 """Bootstrap intervals of fewer examples are too narrow."""
 TIP_CHARACTERS = 220
+GROUPED_BY = {
+    "random": "at random",
+    "length": "by the length of the examples",
+    "embedding": "by embeddings of their prompts",
+}
+"""Of `clusters.method`; all others read gradients."""
 STRATEGIES = {
     BASE: "base model",
     GENERALIST: "generalist",
@@ -119,9 +125,10 @@ def _summary(found: Findings) -> str:
     if not found.cluster_of:
         return "Nothing has been clustered yet: run the recipe further and write this report again."
     placed = sum(cluster != LEFT_OUT for cluster in found.cluster_of.values())
+    grouped_by = GROUPED_BY.get(found.quality.get("method", ""), "by what they do to the weights")
     text = (
-        f"{placed} training examples fall into {len(found.names)} groups by what they do to the weights. Each group "
-        "trained one LoRA expert; a router reads a prompt and picks one of them."
+        f"{placed} training examples fall into {len(found.names)} groups {grouped_by}. Each group trained one LoRA "
+        "expert; a router reads a prompt and picks one of them."
     )
     if not losses:
         return text
@@ -205,7 +212,7 @@ def _map(recipe: Recipe, run: RunDirectory, found: Findings) -> Map | None:
     known = np.array([id_ in found.cluster_of for id_ in table["id"].to_pylist()])
     table = table.filter(pa.array(known))
     if table.num_rows > MAX_DOTS:
-        chosen = np.random.default_rng([recipe.seed, MAX_DOTS]).choice(table.num_rows, MAX_DOTS, replace=False)
+        chosen = np.random.default_rng([recipe.seed, 12]).choice(table.num_rows, MAX_DOTS, replace=False)
         table = table.take(np.sort(chosen))
     ids = table["id"].to_pylist()
     if not ids:

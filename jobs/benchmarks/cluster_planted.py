@@ -19,8 +19,10 @@ from rich.table import Table
 from sketch_methods import answer, peak_rss_bytes
 from sklearn.metrics import adjusted_rand_score
 
+from gradientspace_ray.clusters.description import describe
 from gradientspace_ray.clusters.methods import clusters_of
 from gradientspace_ray.clusters.outliers import outliers
+from gradientspace_ray.clusters.quality import judge
 from gradientspace_ray.clusters.selection import by_size, choose_count, merge_small
 from gradientspace_ray.sketch.online_svd import OnlineSVD
 
@@ -28,8 +30,8 @@ EXACT_EXAMPLES, DIMENSION, RANK = 2000, 20_000, 64
 SUBSPACE, SUBSPACE_ENERGY = 2, 0.1
 SHARES = (0.3, 0.2, 0.16, 0.14, 0.12, 0.08)
 SIZES = (2_000, 62_500, 125_000, 250_000, 500_000, 1_000_000)
-KEPT_NOISE = 0.06
-"""Energy of a gradient's own noise that the sketch's directions hold, where 64 of them hold about two fifths in all."""
+KEPT_NOISE = 0.22
+"""Energy of a gradient's own noise that the sketch's directions hold: with it, they hold about two fifths in all."""
 
 
 class Planted(NamedTuple):
@@ -71,7 +73,7 @@ def coordinates(planted: Planted, rng: np.random.Generator, labels_N: np.ndarray
 
 
 def measure(planted: Planted) -> dict[str, Any]:
-    """Make, cluster and judge; seconds of each part, and the memory beyond what the input takes."""
+    """Make, cluster, judge and describe: seconds of each part, and the most memory that the process held."""
     rng = np.random.default_rng(planted.seed)
     truth_N = rng.choice(len(SHARES), size=planted.examples, p=SHARES)
     if planted.examples <= EXACT_EXAMPLES:
@@ -92,12 +94,40 @@ def measure(planted: Planted) -> dict[str, Any]:
     count, _ = timed("choose", lambda: choose_count(rows_NK, planted.max_count, **settings))
     labels_N = timed("cluster", lambda: by_size(merge_small(rows_NK, clusters_of(rows_NK, count, **settings), 8)))
     left_out_N = timed("outliers", lambda: outliers(rows_NK, planted.neighbours, planted.seed))
+    tokens_N = rng.integers(50, 500, planted.examples)
+    judged = timed(
+        "judge",
+        lambda: judge(
+            rows_NK,
+            labels_N,
+            domains=[str(label) for label in truth_N],
+            tokens_N=tokens_N,
+            response_tokens_N=tokens_N // 2,
+            cluster_again=lambda chosen: clusters_of(rows_NK[chosen], count, **settings),
+            seed=planted.seed,
+        ),
+    )
+    timed(
+        "describe",
+        lambda: describe(
+            [str(index) for index in range(planted.examples)],
+            rows_NK,
+            labels_N,
+            texts_of=lambda chosen: [_text(int(truth_N[index]), int(index)) for index in chosen],
+            longer=judged["length"]["longer"],
+            reserved=(),
+            seed=planted.seed,
+        ),
+    )
     return {
         "examples": planted.examples,
+        "cosine": planted.cosine,
         "groups": len(SHARES),
         "count": count,
         "ari": float(adjusted_rand_score(truth_N, labels_N)),
         "outliers": int(left_out_N.sum()),
+        "nn_purity": judged["nn_purity"],
+        "stability": judged["stability"],
         "seconds": sum(seconds.values()),
         **{f"{part}_seconds": taken for part, taken in seconds.items()},
         "peak_gb": peak_rss_bytes() / 1e9,
@@ -107,15 +137,21 @@ def measure(planted: Planted) -> dict[str, Any]:
 def show_planted(results: list[dict[str, Any]], console: Console) -> None:
     """A table of all sizes."""
     table = Table(title="made-up gradients with known groups")
-    headings = ("examples", "groups", "found", "ARI", "outliers", "seconds", "choose", "cluster", "outliers", "peak GB")
+    parts = [name.removesuffix("_seconds") for name in results[0] if name.endswith("_seconds")]
+    headings = ("examples", "cosine", "found", "ARI", "nn", "left out", "seconds", *(f"{part} s" for part in parts))
+    headings += ("peak GB",)
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in results:
-        seconds = (row["seconds"], *(row[f"{part}_seconds"] for part in ("choose", "cluster", "outliers")))
-        shown = (f"{row['examples']:,}", str(row["groups"]), str(row["count"]), f"{row['ari']:.3f}")
-        shown += (str(row["outliers"]), *(f"{value:.1f}" for value in seconds), f"{row['peak_gb']:.2f}")
-        table.add_row(*shown)
+        shown = (f"{row['examples']:,}", f"{row['cosine']:.2f}", f"{row['count']} of {row['groups']}")
+        shown += (f"{row['ari']:.3f}", f"{row['nn_purity']:.3f}", str(row["outliers"]), f"{row['seconds']:.1f}")
+        table.add_row(*shown, *(f"{row[f'{part}_seconds']:.1f}" for part in parts), f"{row['peak_gb']:.2f}")
     console.print(table)
+
+
+def _text(group: int, index: int) -> str:
+    """A text of some 40 words, a few of which are its group's own."""
+    return " ".join(f"word{(index * step) % 5000}" for step in range(1, 38)) + f" skill{group} topic{group}"
 
 
 def _unit(rng: np.random.Generator, *shape: int) -> np.ndarray:

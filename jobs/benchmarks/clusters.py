@@ -9,15 +9,18 @@ clusters: the one that the default method chooses from the default features, wit
 domains (each row's `domain`) only judge.
 
 * nn: share of examples whose nearest neighbour, by cosine of these features, has their domain.
-* NMI, ARI: agreement of the clusters with the domains; each row's number of clusters is the same, so they compare.
+* NMI, ARI: agreement of the clusters with the domains. Each row has the same number of clusters, so they compare; the
+  JSON file has it for as many clusters as there are domains, too (`at_domains`).
 * stable: mean adjusted Rand index between the clusters and those of ten random subsamples of 80 %.
-* variance: what is left inside the clusters of the variance of the full gradients; needs no label. Gradients are nearly
+* length: share of the variance of the answers' log length that lies between the clusters; the title has the domains'.
+* inside: what is left inside the clusters of the variance of the full gradients; needs no label. Gradients are nearly
   orthogonal, so it is near 1 for all; random clusters have the number in the table's title.
 
 Features: `svd_64` is the online SVD that a run makes; `exact_svd_64` and all variants are exact, from the products of
-all pairs. Variants change one thing of `exact_svd_64`. `less` and `adam` scale by the warm-up's optimizer, `module`
-gives every adapted layer an equal part, `scale kept` leaves the gradients' lengths as they are until the coordinates
-are scaled. `length` places examples on a quarter of a circle by the logarithm of their tokens.
+all pairs. Random projections are the means of three. `all` and `instruction` are gradients of other tokens' losses.
+`normalised` tells what is scaled to unit length: each gradient, each adapted layer's part of it, or none. `adam` and
+`less` scale gradients as the warm-up's optimizer, and parts of the layers are taken, of the first of these
+(`normalised: example`). `length` places examples on a quarter of a circle by the logarithm of their tokens.
 
 `--planted` clusters made-up gradients of up to a million examples instead; see cluster_planted.py.
 """
@@ -28,13 +31,15 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cluster_features import features_by_name
-from cluster_gradients import RANK, Pass, features_of_pass, warmed_up
+from cluster_features import DEFAULT, FULL, Features, all_features
+from cluster_gradients import FACTS, Pass, features_of_pass, warmed_up
 from cluster_planted import SIZES, Planted, show_planted
 from gradient_task import (
     LORA_ALPHA,
@@ -56,15 +61,17 @@ from gradientspace_ray.clusters.kmeans import spherical_kmeans
 from gradientspace_ray.clusters.methods import Method, clusters_of
 from gradientspace_ray.clusters.selection import choose_count
 from gradientspace_ray.examples.formats import SourceError
+from gradientspace_ray.examples.packing import IGNORED
 from gradientspace_ray.examples.rendering import prompt_view
 from gradientspace_ray.models.attention import UnsupportedModelError
 from gradientspace_ray.models.bundled import CHAT_MODEL
+from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.models.loading import ModelError, add_lora, as_dtype, chosen_compute_dtype, load_base
-from gradientspace_ray.recipe import ClustersSection, RouterSection
+from gradientspace_ray.recipe import ClustersSection, GradientsSection, RouterSection
 from gradientspace_ray.router.encoder import PromptEncoder
 
 METHODS: tuple[Method, ...] = ("graph", "kmeans")
-DEFAULT_FEATURES = f"svd_{RANK}"
+POLICIES = ("response", "all", "instruction")
 STABILITY_REPEATS = 10
 
 
@@ -75,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     try:
         report = planted(options, console) if options.planted else studied(options, console)
-    except (TaskError, MethodError, SourceError, ModelError, UnsupportedModelError, OSError) as error:
+    except (TaskError, MethodError, SourceError, ModelError, UnsupportedModelError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     report = {"machine": machine(torch.device("cpu")), **report}
     if options.json:
@@ -101,7 +108,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     marks = "of 8 examples, all of which are studied; the first is what the others are compared with; default: 80,24"
     parser.add_argument("--warm-up-steps", type=_numbers, default=[80, 24], metavar="A,B", help=marks)
     policies = "whose gradients are taken after the first warm-up, response beside others; default: all of them"
-    parser.add_argument("--labels", default="response,all,instruction", metavar="A,B", help=policies)
+    parser.add_argument("--labels", type=_policies, default=[*POLICIES], metavar="A,B", help=policies)
+    kinds = ("example", "module")
+    default = GradientsSection().normalisation
+    parser.add_argument("--normalisation", choices=kinds, default=default, help=f"of gradients; default: {default}")
     parser.add_argument("--count", type=int, metavar="C", help="clusters; default: chosen from the data")
     parser.add_argument("--neighbours", type=int, default=defaults.neighbours, metavar="M", help="of the graph")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features there, and take those that are there")
@@ -111,8 +121,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made_up.add_argument("--planted", action="store_true", help="cluster these instead")
     sizes = f"numbers of examples; default: {','.join(map(str, SIZES))}"
     made_up.add_argument("--sizes", type=_numbers, default=[*SIZES], metavar="A,B", help=sizes)
-    cosine = "mean cosine of two gradients of a group; default: 0.07, as of real ones"
-    made_up.add_argument("--cosine", type=float, default=0.07, metavar="X", help=cosine)
+    cosines = "mean cosines of two gradients of a group; default: 0.07,0.04, as of real ones"
+    made_up.add_argument("--cosines", type=_shares, default=[0.07, 0.04], metavar="X,Y", help=cosines)
     return parser.parse_args(arguments)
 
 
@@ -122,11 +132,24 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _policies(text: str) -> list[str]:
+    if unknown := [name for name in text.split(",") if name not in POLICIES]:
+        raise argparse.ArgumentTypeError(f"no labels {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+    return text.split(",")
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no list of numbers") from error
+
+
 def planted(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The report of `--planted`: every size in a process of its own, so that each has its own peak of memory."""
     results = []
-    for examples in options.sizes:
-        task = Planted(examples, options.cosine, ClustersSection().max_count, options.neighbours, SEED)
+    for cosine, examples in product(options.cosines, options.sizes):
+        task = Planted(examples, cosine, ClustersSection().max_count, options.neighbours, SEED)
         results.append(in_new_process("cluster_planted.py", task._asdict(), options.threads))
         console.print(f"{examples:,} examples: {results[-1]['seconds']:.1f} s")
     return {"planted": results}
@@ -135,7 +158,7 @@ def planted(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def studied(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The report of all features."""
     first, *others = options.warm_up_steps
-    labels = [policy for policy in options.labels.split(",") if policy != "response"]
+    labels = [policy for policy in options.labels if policy != "response"]
     passes = [Pass(first, "response"), *(Pass(first, policy) for policy in labels)]
     passes += [Pass(steps, "response") for steps in others]
     with tempfile.TemporaryDirectory(prefix="cluster-benchmark-", dir=options.scratch) as folder:
@@ -145,31 +168,44 @@ def studied(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     tokens_N = np.array([len(row.example[0]) for row in rows])
     encoder = PromptEncoder(options.encoder, RouterSection().max_tokens)
     encodings_NH = encoder.encode([prompt_view(row.record.messages, RouterSection().view) for row in rows])
-    features = features_by_name(made, encodings_NH, tokens_N)
+    features = all_features(made, options.normalisation, encodings_NH, tokens_N)
+    coordinates_NK = _named(features, DEFAULT)
     count, candidates = options.count, {}
     if not count:
         maximum = ClustersSection().max_count
-        count, candidates = choose_count(features[DEFAULT_FEATURES], maximum, "graph", options.neighbours, SEED)
-    domains = [row.record.domain for row in rows]
+        count, candidates = choose_count(coordinates_NK, maximum, "graph", options.neighbours, SEED)
+    setting = Setting(
+        domains=[row.record.domain for row in rows],
+        response_tokens_N=np.array([sum(label != IGNORED for label in row.example[1]) for row in rows]),
+        gradients_NK=_named(features, FULL),
+        count=count,
+        neighbours=options.neighbours,
+    )
     report: dict[str, Any] = {
         "data": options.data,
         "model": options.model,
         "dtype": chosen_compute_dtype(options.dtype, "cpu"),
         "examples": len(rows),
         "tokens": int(tokens_N.sum()),
-        "domains": sorted({domain for domain in domains if domain}),
+        "domains": setting.known,
+        "normalisation": options.normalisation,
         "count": count,
         "candidates": candidates,
         "neighbours": options.neighbours,
         "variance_at_random": (len(rows) - count) / (len(rows) - 1),
+        "length_explained_by_domains": setting.length_explained_by_domains(),
         "features": {},
     }
-    for name, feature_NK in features.items():
-        report["features"][name] = _judged(feature_NK, features["full_gradient"], domains, count, options)
-        shown = report["features"][name]
-        console.print(f"{name}: nn {shown['nn_purity']:.3f}, NMI {shown['methods']['graph']['nmi']:.3f}")
-    report["baselines"] = _baselines(features, encodings_NH, tokens_N, domains, count)
+    for one in features:
+        report["features"][one.name] = result = judged(one, setting)
+        graph = result["methods"]["graph"]
+        console.print(f"{one.name}: nn {_three(result['nn_purity'])}, NMI {_three(graph['nmi'])}")
+    report["baselines"] = baselines(features, encodings_NH, tokens_N, setting)
     return report
+
+
+def _named(features: Sequence[Features], name: str) -> np.ndarray:
+    return next(one.made_NK[0] for one in features if one.name == name)
 
 
 def features_of_passes(
@@ -181,7 +217,7 @@ def features_of_passes(
 ) -> dict[Pass, dict[str, np.ndarray]]:
     """Features of every pass, kept in `--cache`."""
     dtype = chosen_compute_dtype(options.dtype, "cpu")
-    facts = json.dumps([options.model, options.data, dtype, [row.example for row in rows]])
+    facts = json.dumps([FACTS, model_fingerprint(options.model), dtype, [row.example for row in rows]])
     name = hashlib.sha256(facts.encode()).hexdigest()[:16]
     files = {one: (options.cache or scratch) / f"{name}.{one.warm_up_steps}.{one.labels}.npz" for one in passes}
     missing = [one for one, file in files.items() if not file.exists()]
@@ -194,77 +230,117 @@ def features_of_passes(
                 if one.warm_up_steps == steps:
                     arguments = (model, rows, one.labels, moments, as_dtype(dtype), scratch, console.print)
                     files[one].parent.mkdir(parents=True, exist_ok=True)
-                    np.savez(files[one], **features_of_pass(*arguments))
+                    unfinished = files[one].with_suffix(".unfinished.npz")
+                    np.savez(unfinished, **features_of_pass(*arguments))
+                    unfinished.replace(files[one])
     return {one: dict(np.load(file)) for one, file in files.items()}
 
 
-def _judged(
-    feature_NK: np.ndarray,
-    gradients_NK: np.ndarray,
-    domains: Sequence[str | None],
-    count: int,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """One set of features under every method."""
+class Setting(NamedTuple):
+    """What every set of features is judged with."""
+
+    domains: Sequence[str | None]
+    response_tokens_N: np.ndarray
+    gradients_NK: np.ndarray
+    """Coordinates of the full gradients."""
+    count: int
+    neighbours: int
+
+    @property
+    def known(self) -> list[str]:
+        """The domains there are."""
+        return sorted({domain for domain in self.domains if domain})
+
+    def length_explained_by_domains(self) -> float:
+        """Share of the variance of log answer tokens that lies between the domains."""
+        places = np.array([self.known.index(domain) if domain else -1 for domain in self.domains])
+        return float(quality.length(places, self.response_tokens_N)["explained"])
+
+
+def judged(features: Features, setting: Setting) -> dict[str, Any]:
+    """One set of features under every method: means over the seeds that it was made with."""
+    results = [_judged(feature_NK, setting) for feature_NK in features.made_NK]
+    report = _mean(results)
+    if len(results) > 1:
+        report["nn_purity_of_seeds"] = [result["nn_purity"] for result in results]
+    return report
+
+
+def _judged(feature_NK: np.ndarray, setting: Setting) -> dict[str, Any]:
     methods = {}
     for method in METHODS:
-        settings: dict[str, Any] = {"method": method, "neighbours": options.neighbours, "seed": SEED}
 
-        def cluster_again(chosen: np.ndarray, settings: dict[str, Any] = settings) -> np.ndarray:
-            return clusters_of(feature_NK[chosen], min(count, len(chosen)), **settings)
+        def clusters(chosen: np.ndarray, count: int, method: Method = method) -> np.ndarray:
+            return clusters_of(feature_NK[chosen], min(count, len(chosen)), method, setting.neighbours, SEED)
 
-        labels_N = cluster_again(np.arange(len(feature_NK)))
+        everything = np.arange(len(feature_NK))
+        labels_N = clusters(everything, setting.count)
+        repeated = partial(clusters, count=setting.count)
         methods[method] = {
-            **quality.agreement(labels_N, domains),
-            "stability": quality.stability(labels_N, cluster_again, STABILITY_REPEATS, SEED),
-            "variance_inside": quality.variance_inside(gradients_NK, labels_N)["share"],
+            **_worth(labels_N, setting),
+            "stability": quality.stability(labels_N, repeated, STABILITY_REPEATS, SEED),
+            "at_domains": _agreement(clusters(everything, max(1, len(setting.known))), setting),
         }
-    purity = quality.nearest_neighbour_purity(feature_NK, domains, SEED)
+    purity = quality.nearest_neighbour_purity(feature_NK, setting.domains, SEED)
     return {"dimensions": feature_NK.shape[1], "nn_purity": purity, "methods": methods}
 
 
-def _baselines(
-    features: dict[str, np.ndarray],
-    encodings_NH: np.ndarray,
-    tokens_N: np.ndarray,
-    domains: Sequence[str | None],
-    count: int,
-) -> dict[str, dict[str, float]]:
+def _worth(labels_N: np.ndarray, setting: Setting) -> dict[str, Any]:
+    return {
+        **_agreement(labels_N, setting),
+        "length_explained": quality.length(labels_N, setting.response_tokens_N)["explained"],
+        "variance_inside": quality.variance_inside(setting.gradients_NK, labels_N)["share"],
+    }
+
+
+def _agreement(labels_N: np.ndarray, setting: Setting) -> dict[str, float | None]:
+    """ARI, NMI and purity; None without domains."""
+    return {"ari": None, "nmi": None, "purity": None, **quality.agreement(labels_N, setting.domains)}
+
+
+def _mean(results: Sequence[Any]) -> Any:
+    """Numbers at the same places, averaged."""
+    if isinstance(results[0], dict):
+        return {key: _mean([result[key] for result in results]) for key in results[0]}
+    return results[0] if None in results or len(results) == 1 else type(results[0])(np.mean(results))
+
+
+def baselines(
+    features: Sequence[Features], encodings_NH: np.ndarray, tokens_N: np.ndarray, setting: Setting
+) -> dict[str, dict[str, Any]]:
     """What `clusters.method` gives for each baseline."""
     labels = {
-        "random": random_labels(len(tokens_N), count, SEED),
-        "length": length_labels(tokens_N, count, SEED),
-        "embedding": spherical_kmeans(encodings_NH, count, SEED),
+        "random": random_labels(len(tokens_N), setting.count, SEED),
+        "length": length_labels(tokens_N, setting.count, SEED),
+        "embedding": spherical_kmeans(encodings_NH, setting.count, SEED),
     }
-    labels |= {name: birch_labels(features[name], count, SEED) for name in features if name.startswith("random_proj")}
-    gradients_NK = features["full_gradient"]
-    return {
-        name: {
-            **quality.agreement(labels_N, domains),
-            "variance_inside": quality.variance_inside(gradients_NK, labels_N)["share"],
-        }
-        for name, labels_N in labels.items()
-    }
+    for one in features:
+        if one.name.startswith("random_projection"):
+            labels[one.name] = birch_labels(one.made_NK[0], setting.count, SEED)
+    return {name: _worth(labels_N, setting) for name, labels_N in labels.items()}
 
 
 def show(report: dict[str, Any], console: Console) -> None:
     """One table of features and methods, and a line for each baseline."""
     sizes = f"{report['examples']} examples, {report['tokens']} tokens, {len(report['domains'])} domains"
-    at_random = f"{report['count']} clusters; at random {report['variance_at_random']:.4f} of the variance is inside"
-    table = Table(title=f"{report['model']}, {report['dtype']}; {sizes}\n{at_random}")
-    table.add_column("features")
-    for heading in ("numbers", "nn", *(f"{method} {what}" for method in METHODS for what in ("NMI", "ARI", "stable"))):
-        table.add_column(heading, justify="right")
-    table.add_column("variance", justify="right")
+    title = f"{report['model']}, {report['dtype']}; {sizes}\n{report['count']} clusters, which at random leave"
+    title += f" {report['variance_at_random']:.4f} of the variance inside; domains explain"
+    title += f" {report['length_explained_by_domains']:.2f} of the length"
+    table = Table(title=title, padding=(0, 0))
+    table.add_column("features", no_wrap=True)
+    headings = ["numbers", "nn", *(f"{method}\n{what}" for method in METHODS for what in ("NMI", "ARI", "stable"))]
+    for heading in (*headings, "length", "inside"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, result in report["features"].items():
         cells = [name, str(result["dimensions"]), _three(result["nn_purity"])]
         for method in METHODS:
-            cells += [_three(result["methods"][method].get(key)) for key in ("nmi", "ari", "stability")]
-        table.add_row(*cells, f"{result['methods']['graph']['variance_inside']:.4f}")
+            cells += [_three(result["methods"][method][key]) for key in ("nmi", "ari", "stability")]
+        graph = result["methods"]["graph"]
+        table.add_row(*cells, f"{graph['length_explained']:.2f}", f"{graph['variance_inside']:.4f}")
     console.print(table)
     for name, result in report["baselines"].items():
-        agreement = f"NMI {_three(result.get('nmi'))}, ARI {_three(result.get('ari'))}"
-        console.print(f"baseline {name}: {agreement}, variance inside {result['variance_inside']:.4f}")
+        agreement = f"NMI {_three(result['nmi'])}, ARI {_three(result['ari'])}"
+        console.print(f"baseline {name}: {agreement}, {result['variance_inside']:.4f} inside")
 
 
 def _three(value: float | None) -> str:
