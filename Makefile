@@ -1,6 +1,7 @@
 # make demo: from nothing to a routed answer.  make test: lint, types, all tests.
 # make benchmark-gradients: the per-sample gradients timed beside those of other libraries, about ten minutes.
 # make benchmark-sketch: the online SVD beside the exact one and others; "--simulate" merges made-up sketches of a large run.
+# make benchmark-clusters: which features and methods find the skills of a mixture; "--planted" clusters made-up gradients.
 # make peers: only installs these libraries, into an environment of their own.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ RUN_DIR ?= runs/quickstart
 BENCHMARKS ?= runs/benchmarks
 BENCHMARK_OPTIONS ?=
 
-.PHONY: setup demo test lint peers benchmark-gradients benchmark-sketch clean
+.PHONY: setup demo test lint peers benchmark-gradients benchmark-sketch benchmark-clusters clean
 
 setup: $(VENV)/installed
 
@@ -54,6 +55,9 @@ benchmark-gradients: peers
 
 benchmark-sketch: setup
 	$(BIN)/python jobs/benchmarks/sketch.py --json $(BENCHMARKS)/sketch.json $(BENCHMARK_OPTIONS)
+
+benchmark-clusters: setup
+	$(BIN)/python jobs/benchmarks/clusters.py --json $(BENCHMARKS)/clusters.json $(BENCHMARK_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) runs

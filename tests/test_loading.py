@@ -320,6 +320,7 @@ def test_the_error_of_another_process_is_the_line_that_explains_it() -> None:
     assert bundled._reason(1, "python: No module named x\n") == "python: No module named x"
     assert bundled._reason(3, "") == "exit status 3"
     assert bundled._reason(-9, nested) == "SIGKILL"
+    assert bundled._reason(-35, "") == "signal 35"
 
 
 @pytest.mark.bundled

@@ -118,7 +118,7 @@ def _label_free(quality: Mapping[str, Any], clusters: int) -> list[Headline]:
         )
         facts.append(Headline(f"{stability:.2f}", "stability", note))
     if conflicts.get("inside") is not None:
-        note = "pairs of examples that would undo each other's step (cosine below 0 in the directions that the sketch kept)"
+        note = "pairs of examples that would undo each other's step (cosine below 0 in the sketch's directions)"
         value = f"{conflicts['inside']:.0%}"
         if conflicts.get("between") is not None:
             value += f" / {conflicts['between']:.0%}"
