@@ -150,6 +150,16 @@ def test_a_changed_key_runs_its_stage_and_what_follows(line, recipe, tmp_path, s
     assert line.ran == expected
 
 
+@pytest.mark.parametrize(("method", "expected"), [("embedding", NAMES[3:]), ("random", NAMES[5:])])
+def test_another_encoder_makes_other_clusters_of_embeddings(line, recipe, tmp_path, method, expected):
+    recipe = changed(recipe, "clusters", method=method)
+    run = RunDirectory(tmp_path / "run")
+    run_all(recipe, run)
+    line.ran = []
+    run_all(changed(recipe, "router", max_tokens=32), run)
+    assert line.ran == expected
+
+
 def test_what_follows_is_skipped_when_the_output_is_the_same(line, recipe, tmp_path):
     run = RunDirectory(tmp_path / "run")
     line.output = {"cluster": "same"}
