@@ -103,7 +103,7 @@ class GradientsSection(Section):
     loss: Literal["mean", "sum"] = "mean"
     normalisation: Literal["example", "module", "none"] = "example"
     """`example` scales each gradient to unit length; `module` first gives every adapted layer an equal part of it."""
-    preconditioner: Literal["none", "adam", "less"] = "none"
+    preconditioner: Literal["none", "adam", "less"] = "adam"
     """Scale gradients as the warm-up's Adam would: `adam` by its denominators alone, `less` with its momentum too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the buffer of gradients that the sketch absorbs at once."""
@@ -152,7 +152,7 @@ class ClustersSection(Section):
     compared at the same number."""
     max_count: Positive = 12
     """Largest number that `auto` considers."""
-    neighbours: Positive = 10
+    neighbours: Positive = 15
     """Neighbours of an example in the graph."""
     min_examples: Positive = 8
     """Clusters smaller than this are merged into their nearest."""

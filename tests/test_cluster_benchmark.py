@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from sklearn.metrics import normalized_mutual_info_score
 
 from gradientspace_ray.clusters.methods import clusters_of
+from gradientspace_ray.gradients.per_sample import PerSampleGradients
+from gradientspace_ray.models.loading import add_lora, load_base
+from gradientspace_ray.sketch.online_svd import OnlineSVD
 
 pytestmark = pytest.mark.slow
 
@@ -19,8 +23,8 @@ MODULES = ("clusters", "cluster_features", "cluster_gradients", "cluster_planted
 MODULES += ("gradient_methods", "sketch_methods")
 NAMED = ("svd_64", "full_gradient", "random_projection_64", "random_projection_512", "random_projection_8192")
 NAMED += ("embedding", "length")
-VARIANTS = {"exact_svd_64", "exact_svd_16", "exact_svd_32", "exact_svd_128", "adam", "less"}
-VARIANTS |= {"normalised: example", "normalised: module", "normalised: none", "attention only", "mlp only"}
+VARIANTS = {"exact_svd_64", "exact_svd_16", "exact_svd_32", "exact_svd_128", "scaled: adam"}
+VARIANTS |= {"scaled: plain", "scaled: module", "scaled: less", "scaled: none", "attention only", "mlp only"}
 # The tiny model has two layers, so no last third.
 VARIANTS |= {"early third", "middle third", "A only", "B only", "all after 2 steps", "response after 1 steps"}
 AGREEMENT = {"ari", "nmi", "purity"}
@@ -96,7 +100,8 @@ def test_the_numbers_are_those_of_the_features(report: dict, made: dict[str, np.
     found = report["features"]["random_projection_8192"]
     agreements, purities = [], []
     for seed in range(3):
-        projection_NP = made[f"projection.{report['normalisation']}.{seed}"]
+        full_NN = modules["cluster_gradients"].coordinates_of_products(made["adam"])
+        projection_NP = modules["cluster_features"].projected(full_NN, 8192, seed)
         labels_N = clusters_of(projection_NP, report["count"], "kmeans", options.neighbours, 0)
         agreements.append(normalized_mutual_info_score(domains, labels_N))
         unit_NP = projection_NP / np.linalg.norm(projection_NP, axis=1, keepdims=True)
@@ -120,27 +125,58 @@ def test_without_domains_there_is_no_agreement(report: dict, modules) -> None:
     module.show(report | {"features": {"some": result}}, Console(quiet=True))
 
 
-def test_all_features_are_of_the_same_gradients(made: dict[str, np.ndarray], modules) -> None:
+def test_coordinates_have_the_products_of_the_gradients(made: dict[str, np.ndarray], modules) -> None:
     coordinates_of = modules["cluster_gradients"].coordinates_of_products
-    parts = [made[name] for name in made if name.count(".") == 3 and name.startswith("products")]
+    parts = [product_NN for name, product_NN in made.items() if name.count(".") == 2]
     assert len(parts) >= 4
     whole_NN = np.sum(parts, axis=0, dtype=np.float64)
     norms_N = np.sqrt(np.diag(whole_NN))
-    example_NN = whole_NN / np.outer(norms_N, norms_N)
-    module_NN = made["products.module"] / np.sqrt(np.outer(*2 * [made["products.module"].diagonal()]))
-    for name, expected_NN in (("example", example_NN), ("module", module_NN)):
-        # 40 gradients fit into 64 directions, so the online SVD is exact here, and its inner products are theirs.
-        np.testing.assert_allclose(made[f"svd.{name}"] @ made[f"svd.{name}"].T, expected_NN, atol=1e-5)
-        projected_NP = made[f"projection.{name}.0"]
-        errors_NN = projected_NP @ projected_NP.T - expected_NN
-        assert np.sqrt(np.mean(np.square(errors_NN))) < 2 / np.sqrt(8192)
     full_NN, kept_NN = coordinates_of(whole_NN), coordinates_of(whole_NN, unit=False)
-    np.testing.assert_allclose(full_NN @ full_NN.T, example_NN, atol=1e-5)
+    np.testing.assert_allclose(full_NN @ full_NN.T, whole_NN / np.outer(norms_N, norms_N), atol=1e-5)
     np.testing.assert_allclose(kept_NN @ kept_NN.T, whole_NN, atol=1e-5 * whole_NN.max())
 
 
+def test_products_are_those_of_the_gradients(modules, words, made: dict[str, np.ndarray]) -> None:
+    options = modules["clusters"].parse(words)
+    task, gradients = modules["gradient_task"], modules["cluster_gradients"]
+    folder = options.scratch / "products"
+    folder.mkdir()
+    rows = task.read_labelled_examples(task.mixture_folder(folder, EXAMPLES), EXAMPLES, options.model)
+    model = add_lora(load_base(options.model), task.LORA_RANK, task.LORA_ALPHA, "all-linear", task.SEED)
+    examples = [row.example for row in rows]
+    ((_, moments),) = gradients.warmed_up(model, examples, [2], torch.float32, lambda _: None)
+    expected = {"plain": {}, "adam": {"preconditioner": "adam"}, "less": {"preconditioner": "less"}}
+    expected |= {"module": {"normalisation": "module"}}
+    for name, options_of in expected.items():
+        engine = PerSampleGradients(model, moments=moments, **options_of)
+        rows_ND = engine.gradients(examples).double().numpy()
+        found_NN = modules["cluster_features"]._product(made, name).astype(np.float64)
+        lengths_N = np.sqrt(np.diag(found_NN))
+        unit_ND = rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)
+        np.testing.assert_allclose(found_NN / np.outer(lengths_N, lengths_N), unit_ND @ unit_ND.T, atol=1e-4)
+
+
+def test_the_online_svd_sees_inner_products_alone(modules) -> None:
+    rng = np.random.default_rng(0)
+    rows_ND = (rng.normal(size=(300, 90)) @ rng.normal(size=(90, 2000))).astype(np.float32)
+    full_NN = modules["cluster_gradients"].coordinates_of_products(rows_ND.astype(np.float64) @ rows_ND.T)
+    found_NK = modules["cluster_features"].online_svd(full_NN)
+    sketch = OnlineSVD(64)
+    sketch.update(torch.from_numpy(rows_ND), normalise=True)
+    expected_NK = (sketch.coordinates * sketch.singular_values).numpy()
+    np.testing.assert_allclose(found_NK @ found_NK.T, expected_NK @ expected_NK.T, atol=2e-4)
+
+
+def test_random_projections_keep_inner_products_in_the_mean(modules) -> None:
+    full_NN = np.eye(3, dtype=np.float32)[[0, 0, 1]]
+    made = [modules["cluster_features"].projected(full_NN, 64, seed) for seed in range(400)]
+    products = np.array([rows @ rows.T for rows in made])
+    np.testing.assert_allclose(products.mean(axis=0), full_NN @ full_NN.T, atol=5 * np.sqrt(2 / 64 / 400))
+    assert np.var(products[:, 0, 2]) == pytest.approx(1 / 64, rel=0.3)
+
+
 def test_features_that_are_there_are_not_made_again(report: dict, modules, folder: Path, words, monkeypatch) -> None:
-    monkeypatch.setattr(modules["clusters"], "features_of_pass", None)
+    monkeypatch.setattr(modules["clusters"], "products_of_pass", None)
     again = run(modules, folder / "again.json", *words)
     assert again == report
 

@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from cluster_gradients import PRECONDITIONERS, PROJECTED, PROJECTION_SEEDS, RANK, Pass, coordinates_of_products
+import torch
+from cluster_gradients import PRECONDITIONERS, Pass, coordinates_of_products
+from gradient_task import SEED
 
-from gradientspace_ray.gradients.per_sample import Normalisation
-from gradientspace_ray.sketch.projection import fold
+from gradientspace_ray.sketch.online_svd import OnlineSVD
 
+RANK, OTHER_RANKS = 64, (16, 32, 128)
+PROJECTED, PROJECTION_SEEDS = (64, 512, 8192), 3
 DEFAULT, FULL = f"svd_{RANK}", "full_gradient"
-OTHER_RANKS = (16, 32, 128)
+SCALINGS = ("plain", "module", *PRECONDITIONERS)
+"""Of gradients: `plain` only scales each to unit length."""
 WHOLE = ("attention", "mlp")
 """The parts of this beginning are, together, all columns of the gradients."""
 PARTS = {
@@ -36,40 +40,49 @@ class Features(NamedTuple):
 
 
 def all_features(
-    made: Mapping[Pass, Mapping[str, np.ndarray]],
-    normalisation: Normalisation,
-    encodings_NH: np.ndarray,
-    tokens_N: np.ndarray,
+    made: Mapping[Pass, Mapping[str, np.ndarray]], scaling: str, encodings_NH: np.ndarray, tokens_N: np.ndarray
 ) -> list[Features]:
     """All sets of features; variants are named by what they change.
 
     Args:
-        made: of each pass, what `features_of_pass` makes; the first is what the others are compared with.
-        normalisation: of a run's gradients.
+        made: of each pass, what `products_of_pass` makes; the first is what the others are compared with.
+        scaling: one of `SCALINGS`, that of a run's gradients.
         encodings_NH: of the prompts.
         tokens_N: of the examples.
     """
     first, *others = made
     main = made[first]
-    product_NN = _product(main, normalisation)
-    features = {DEFAULT: [main[f"svd.{normalisation}"]], FULL: [coordinates_of_products(product_NN)]}
+    product_NN = _product(main, scaling)
+    full_NN = coordinates_of_products(product_NN)
+    features = {DEFAULT: [online_svd(full_NN)], FULL: [full_NN]}
     for width in PROJECTED:
-        widest = [main[f"projection.{normalisation}.{seed}"] for seed in range(PROJECTION_SEEDS)]
-        features[f"random_projection_{width}"] = [fold(projection_NP, width) for projection_NP in widest]
+        features[f"random_projection_{width}"] = [projected(full_NN, width, seed) for seed in range(PROJECTION_SEEDS)]
     features |= {"embedding": [encodings_NH], "length": [on_quarter_circle(tokens_N)]}
     for rank in (RANK, *OTHER_RANKS):
         features[f"exact_svd_{rank}"] = [coordinates_of_products(product_NN, rank)]
     for other in others:
-        features[f"{other}"] = [coordinates_of_products(_product(made[other], normalisation), RANK)]
-    for kind in ("example", "module", "none"):
-        whole_NN = _product(main, kind)
-        features[f"normalised: {kind}"] = [coordinates_of_products(whole_NN, RANK, unit=kind != "none")]
-    features |= {name: [coordinates_of_products(main[f"products.{name}"], RANK)] for name in PRECONDITIONERS}
+        features[f"{other}"] = [coordinates_of_products(_product(made[other], scaling), RANK)]
+    for name in SCALINGS:
+        features[f"scaled: {name}"] = [coordinates_of_products(_product(main, name), RANK)]
+    features["scaled: none"] = [coordinates_of_products(_product(main, "plain"), RANK, unit=False)]
     for name, wanted in PARTS.items():
         # Models of two layers have no last third.
         if parts := _parts(main, wanted):
             features[name] = [coordinates_of_products(sum(parts), RANK)]
     return [Features(name, tuple(made_NK)) for name, made_NK in features.items()]
+
+
+def online_svd(full_NN: np.ndarray) -> np.ndarray:
+    """Coordinates [N, K] of a run's sketch in one pass, from rows with the gradients' inner products."""
+    sketch = OnlineSVD(RANK)
+    sketch.update(torch.from_numpy(full_NN), normalise=True)
+    return (sketch.coordinates * sketch.singular_values).float().numpy()
+
+
+def projected(full_NN: np.ndarray, width: int, seed: int) -> np.ndarray:
+    """Random projections [N, width] by a matrix of normal numbers, from rows with the gradients' inner products."""
+    matrix = np.random.default_rng([SEED, seed, width]).normal(size=(full_NN.shape[1], width)) / np.sqrt(width)
+    return (full_NN @ matrix).astype(np.float32)
 
 
 def on_quarter_circle(tokens_N: np.ndarray) -> np.ndarray:
@@ -79,12 +92,11 @@ def on_quarter_circle(tokens_N: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(angles_N), np.sin(angles_N)], axis=1).astype(np.float32)
 
 
-def _product(made: Mapping[str, np.ndarray], normalisation: Normalisation) -> np.ndarray:
-    """Inner products [N, N] of whole gradients, with layers made alike for `module`."""
-    return made["products.module"] if normalisation == "module" else sum(_parts(made, *WHOLE))
+def _product(made: Mapping[str, np.ndarray], scaling: str) -> np.ndarray:
+    """Inner products [N, N] of whole gradients."""
+    return sum(_parts(made, *WHOLE)) if scaling == "plain" else made[scaling]
 
 
 def _parts(made: Mapping[str, np.ndarray], *wanted: str) -> list[np.ndarray]:
     """Inner products, [N, N] float64, of the parts whose name has one of these words."""
-    names = [name for name in made if name.startswith("products.") and set(name.split(".")[1:]) & set(wanted)]
-    return [made[name].astype(np.float64) for name in names]
+    return [product_NN.astype(np.float64) for name, product_NN in made.items() if set(name.split(".")) & set(wanted)]

@@ -1,15 +1,14 @@
-"""Gradients of labelled examples at a warmed-up adapter, and the features that are made of them.
+"""Gradients of labelled examples at a warmed-up adapter, and the products of all pairs of them.
 
-One pass writes the gradients of all examples to a file, unscaled, and reads it twice: in rows, as a run's sketch and a
-random projection see them, and in blocks of columns, for the products of all pairs of gradients. Those decide exactly
-the coordinates of an exact SVD at any rank, of any layers, with any scaling of layers or columns.
+A pass writes the gradients of all examples to a file and reads it in blocks of columns. The products decide all that is
+studied: the exact SVD, the online one and random projections depend on the gradients by their inner products alone, so
+any rows that have the same ones, as `coordinates_of_products` has in N dimensions instead of D, give the same.
 
-Shapes: N examples, D LoRA weights, C columns of a block, K coordinates, P numbers of a projection.
+Shapes: N examples, D LoRA weights, C columns of a block, K coordinates.
 """
 
 import random
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,23 +21,20 @@ from sketch_methods import RowFile
 
 from gradientspace_ray.examples.packing import Example, pack, plan_batches
 from gradientspace_ray.gradients.layout import Column
-from gradientspace_ray.gradients.per_sample import LabelPolicy, Normalisation, PerSampleGradients
+from gradientspace_ray.gradients.per_sample import LabelPolicy, PerSampleGradients
 from gradientspace_ray.gradients.preconditioner import Kind, Preconditioner
 from gradientspace_ray.models.losses import example_nll, label_nll
 from gradientspace_ray.models.moments import AdamMoments
-from gradientspace_ray.sketch.online_svd import OnlineSVD
-from gradientspace_ray.sketch.projection import RandomProjection
 
 BATCH, LEARNING_RATE, MAX_GRAD_NORM = 8, 5e-4, 1.0
-RANK, PROJECTED, PROJECTION_SEEDS = 64, (64, 512, 8192), 3
 TOKENS_PER_BATCH, ROWS_AT_ONCE = 512, 64
 PRECONDITIONERS: tuple[Kind, ...] = ("adam", "less")
 Tell = Callable[[str], None]
 
 
 FACTS = {"lora": [LORA_RANK, LORA_ALPHA], "seed": SEED, "batch": BATCH, "learning_rate": LEARNING_RATE}
-FACTS |= {"max_grad_norm": MAX_GRAD_NORM, "rank": RANK, "projections": [PROJECTED, PROJECTION_SEEDS]}
-"""What decides the features, beside the model, the examples and the pass."""
+FACTS |= {"max_grad_norm": MAX_GRAD_NORM}
+"""What decides the products, beside the model, the examples and the pass."""
 
 
 class Pass(NamedTuple):
@@ -94,7 +90,7 @@ def _moments(optimizer: torch.optim.AdamW, weights: Mapping[str, torch.nn.Parame
     )
 
 
-def features_of_pass(
+def products_of_pass(
     model: PeftModel,
     labelled: Sequence[LabelledExample],
     labels: LabelPolicy,
@@ -103,42 +99,22 @@ def features_of_pass(
     scratch: Path,
     tell: Tell,
 ) -> dict[str, np.ndarray]:
-    """Features [N, .] float32 by name.
+    """Inner products of all pairs of gradients, [N, N] float32 by name.
 
-    For each normalisation, `svd.NORMALISATION` are the online SVD's coordinates, and `projection.NORMALISATION.SEED`
-    the widest random projections. `products.PART` are inner products, [N, N]: of the columns of a kind, a depth and a
-    factor, which add up to all, and of all with layers made alike (`module`) or scaled as by an optimizer.
+    `<attention or mlp>.<early, middle or late>.<A or B>` are of some of the columns, and add up to all; `module` of
+    gradients whose layers all have one length; `adam` and `less` of those scaled by the warm-up's optimizer.
     """
     engine = PerSampleGradients(model, compute_dtype=dtype, labels=labels, tokens_per_batch=TOKENS_PER_BATCH)
-    slices: dict[Normalisation, list[slice] | None] = {"example": None, "module": _modules(engine)}
-    sketches = {name: OnlineSVD(RANK) for name in slices}
-    projections = [RandomProjection(engine.dimension, max(PROJECTED), seed=seed) for seed in range(PROJECTION_SEEDS)]
-    projected: dict[str, list[torch.Tensor]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="gradients-", dir=scratch) as folder:
         path = Path(folder) / "gradients.f32"
         buffer_BD = torch.empty(ROWS_AT_ONCE, engine.dimension)
         with path.open("wb") as file:
             for start in range(0, len(labelled), ROWS_AT_ONCE):
                 part = [row.example for row in labelled[start : start + ROWS_AT_ONCE]]
-                gradients_BD = engine.gradients(part, out=buffer_BD[: len(part)])
-                file.write(gradients_BD.numpy().data)
-                for name, parts in slices.items():
-                    for seed, projection in enumerate(projections):
-                        projected[f"{name}.{seed}"].append(projection.project(gradients_BD, True, parts))
-                    sketches[name].update(gradients_BD, normalise=True, parts=parts)
+                file.write(engine.gradients(part, out=buffer_BD[: len(part)]).numpy().data)
                 tell(f"{labels}: {start + len(part)} of {len(labelled)} gradients")
-        del buffer_BD
         products = _products(RowFile(str(path), len(labelled), engine.dimension), engine.columns, moments)
-    features = {f"projection.{name}": torch.cat(rows).numpy() for name, rows in projected.items()}
-    for name, sketch in sketches.items():
-        features[f"svd.{name}"] = (sketch.coordinates * sketch.singular_values).float().numpy()
-    return features | {f"products.{name}": product_NN.float().numpy() for name, product_NN in products.items()}
-
-
-def _modules(engine: PerSampleGradients) -> list[slice]:
-    """The columns of each adapted layer, A and B, which stand side by side."""
-    starts = [column.offset for column in engine.columns[::2]]
-    return [slice(*ends) for ends in zip(starts, [*starts[1:], engine.dimension], strict=True)]
+    return {name: product_NN.float().numpy() for name, product_NN in products.items()}
 
 
 def _products(file: RowFile, columns: Sequence[Column], moments: AdamMoments) -> dict[str, torch.Tensor]:

@@ -16,11 +16,11 @@ domains (each row's `domain`) only judge.
 * inside: what is left inside the clusters of the variance of the full gradients; needs no label. Gradients are nearly
   orthogonal, so it is near 1 for all; random clusters have the number in the table's title.
 
-Features: `svd_64` is the online SVD that a run makes; `exact_svd_64` and all variants are exact, from the products of
-all pairs. Random projections are the means of three. `all` and `instruction` are gradients of other tokens' losses.
-`normalised` tells what is scaled to unit length: each gradient, each adapted layer's part of it, or none. `adam` and
-`less` scale gradients as the warm-up's optimizer, and parts of the layers are taken, of the first of these
-(`normalised: example`). `length` places examples on a quarter of a circle by the logarithm of their tokens.
+Features: `svd_64` is the online SVD that a run makes; `exact_svd_64` and all variants are exact. Random projections are
+the means of three. `all` and `instruction` are gradients of other tokens' losses. `scaled` tells how gradients are:
+`plain` scales each to unit length, `module` first each adapted layer's part of it, `adam` and `less` as the warm-up's
+optimizer would, `none` not at all. Parts of the layers are taken of plain ones. `length` places examples on a quarter
+of a circle by the logarithm of their tokens.
 
 `--planted` clusters made-up gradients of up to a million examples instead; see cluster_planted.py.
 """
@@ -38,8 +38,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cluster_features import DEFAULT, FULL, Features, all_features
-from cluster_gradients import FACTS, Pass, features_of_pass, warmed_up
+from cluster_features import DEFAULT, FULL, SCALINGS, Features, all_features
+from cluster_gradients import FACTS, Pass, products_of_pass, warmed_up
 from cluster_planted import SIZES, Planted, show_planted
 from gradient_task import (
     LORA_ALPHA,
@@ -109,12 +109,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-up-steps", type=_numbers, default=[80, 24], metavar="A,B", help=marks)
     policies = "whose gradients are taken after the first warm-up, response beside others; default: all of them"
     parser.add_argument("--labels", type=_policies, default=[*POLICIES], metavar="A,B", help=policies)
-    kinds = ("example", "module")
-    default = GradientsSection().normalisation
-    parser.add_argument("--normalisation", choices=kinds, default=default, help=f"of gradients; default: {default}")
+    default = _scaling(GradientsSection())
+    parser.add_argument("--scaling", choices=SCALINGS, default=default, help=f"of gradients; default: {default}")
     parser.add_argument("--count", type=int, metavar="C", help="clusters; default: chosen from the data")
     parser.add_argument("--neighbours", type=int, default=defaults.neighbours, metavar="M", help="of the graph")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features there, and take those that are there")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep products of gradients there, and take those that are there"
+    )
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for gradients; default: the system's place")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="PyTorch's")
     made_up = parser.add_argument_group("made-up gradients")
@@ -124,6 +125,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cosines = "mean cosines of two gradients of a group; default: 0.07,0.04, as of real ones"
     made_up.add_argument("--cosines", type=_shares, default=[0.07, 0.04], metavar="X,Y", help=cosines)
     return parser.parse_args(arguments)
+
+
+def _scaling(settings: GradientsSection) -> str:
+    """What a run does by default."""
+    if settings.preconditioner != "none":
+        return settings.preconditioner
+    return "module" if settings.normalisation == "module" else "plain"
 
 
 def _numbers(text: str) -> list[int]:
@@ -164,11 +172,11 @@ def studied(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cluster-benchmark-", dir=options.scratch) as folder:
         data = options.data or mixture_folder(Path(folder), options.examples)
         rows = read_labelled_examples(data, options.examples, options.model)
-        made = features_of_passes(options, rows, passes, Path(folder), console)
+        made = products_of_passes(options, rows, passes, Path(folder), console)
     tokens_N = np.array([len(row.example[0]) for row in rows])
     encoder = PromptEncoder(options.encoder, RouterSection().max_tokens)
     encodings_NH = encoder.encode([prompt_view(row.record.messages, RouterSection().view) for row in rows])
-    features = all_features(made, options.normalisation, encodings_NH, tokens_N)
+    features = all_features(made, options.scaling, encodings_NH, tokens_N)
     coordinates_NK = _named(features, DEFAULT)
     count, candidates = options.count, {}
     if not count:
@@ -188,7 +196,7 @@ def studied(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "examples": len(rows),
         "tokens": int(tokens_N.sum()),
         "domains": setting.known,
-        "normalisation": options.normalisation,
+        "scaling": options.scaling,
         "count": count,
         "candidates": candidates,
         "neighbours": options.neighbours,
@@ -208,14 +216,14 @@ def _named(features: Sequence[Features], name: str) -> np.ndarray:
     return next(one.made_NK[0] for one in features if one.name == name)
 
 
-def features_of_passes(
+def products_of_passes(
     options: argparse.Namespace,
     rows: Sequence[LabelledExample],
     passes: Sequence[Pass],
     scratch: Path,
     console: Console,
 ) -> dict[Pass, dict[str, np.ndarray]]:
-    """Features of every pass, kept in `--cache`."""
+    """Products of every pass, kept in `--cache`."""
     dtype = chosen_compute_dtype(options.dtype, "cpu")
     facts = json.dumps([FACTS, model_fingerprint(options.model), dtype, [row.example for row in rows]])
     name = hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -231,7 +239,7 @@ def features_of_passes(
                     arguments = (model, rows, one.labels, moments, as_dtype(dtype), scratch, console.print)
                     files[one].parent.mkdir(parents=True, exist_ok=True)
                     unfinished = files[one].with_suffix(".unfinished.npz")
-                    np.savez(unfinished, **features_of_pass(*arguments))
+                    np.savez(unfinished, **products_of_pass(*arguments))
                     unfinished.replace(files[one])
     return {one: dict(np.load(file)) for one, file in files.items()}
 
