@@ -19,7 +19,13 @@ COUNT = 22
 
 def recipe_for(model_dir, **gradients):
     sections = {
-        "gradients": {"examples_per_shard": 5, "tokens_per_batch": 256, "workers": 2, **gradients},
+        "gradients": {
+            "examples_per_shard": 5,
+            "tokens_per_batch": 256,
+            "workers": 2,
+            "preconditioner": "none",
+            **gradients,
+        },
         "sketch": {"rank": 30},
         "compute": {"cpus_per_worker": 0.5},
     }

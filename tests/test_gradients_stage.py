@@ -34,7 +34,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 def recipe_for(model_dir, sketch=None, retries=2, **settings):
     sections = {
-        "gradients": {"examples_per_shard": 5, "tokens_per_batch": 256, "workers": 2, **settings},
+        "gradients": {
+            "examples_per_shard": 5,
+            "tokens_per_batch": 256,
+            "workers": 2,
+            "preconditioner": "none",
+            **settings,
+        },
         "sketch": {"rank": 30, **(sketch or {})},
         "compute": {"cpus_per_worker": 0.5, "retries": retries},
     }

@@ -48,7 +48,7 @@ def prepared(cluster, tiny_model_dir, tmp_path_factory):
         "data": {"sources": ["quickstart"], "max_examples": 220, "max_tokens": 2048},
         "lora": {"rank": 4},
         "warmup": {"epochs": 0.1, "tokens_per_batch": 1024},
-        "gradients": {"examples_per_shard": 10, "tokens_per_batch": 1024, "workers": WORKERS},
+        "gradients": {"examples_per_shard": 10, "tokens_per_batch": 1024, "workers": WORKERS, "preconditioner": "none"},
         "sketch": {"rank": 16},
         "clusters": {"count": 3},
         "compute": {"cpus_per_worker": 1},
