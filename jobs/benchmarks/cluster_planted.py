@@ -136,12 +136,12 @@ def measure(planted: Planted) -> dict[str, Any]:
 
 def show_planted(results: list[dict[str, Any]], console: Console) -> None:
     """A table of all sizes."""
-    table = Table(title="made-up gradients with known groups")
+    table = Table(title="made-up gradients with known groups; seconds of each part", padding=(0, 0))
     parts = [name.removesuffix("_seconds") for name in results[0] if name.endswith("_seconds")]
-    headings = ("examples", "cosine", "found", "ARI", "nn", "left out", "seconds", *(f"{part} s" for part in parts))
+    headings = ("examples", "cosine", "found", "ARI", "nn", "left out", "seconds", *parts)
     headings += ("peak GB",)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in results:
         shown = (f"{row['examples']:,}", f"{row['cosine']:.2f}", f"{row['count']} of {row['groups']}")
         shown += (f"{row['ari']:.3f}", f"{row['nn_purity']:.3f}", str(row["outliers"]), f"{row['seconds']:.1f}")
