@@ -110,7 +110,7 @@ STAGES = (
         (cluster.cluster,),
         ("seed", "clusters"),
         ("prepare", "gradients"),
-        ("clusters/assignments.parquet", "clusters/quality.json"),
+        ("clusters/assignments.parquet", "clusters/centroids.safetensors", "clusters/quality.json"),
     ),
     Stage(
         "experts",

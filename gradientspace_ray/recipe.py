@@ -153,14 +153,14 @@ class ClustersSection(Section):
     max_count: Positive = 12
     """Largest number that `auto` considers."""
     neighbours: Positive = 15
-    """Neighbours of an example in the graph."""
+    """Neighbours of an example, in the graph and for `outliers`."""
     min_examples: Positive = 8
     """Clusters smaller than this are merged into their nearest."""
     outliers: Literal["assign", "leave_out"] = "assign"
     """Examples unlike all others go to the nearest cluster, or to none, so that no expert trains on them."""
     search: Literal["exact", "faiss"] = "exact"
-    """What finds neighbours: scikit-learn, or FAISS, which the extra `[faiss]` installs; the same neighbours up to
-    rounding."""
+    """What finds the neighbours that make the clusters of `graph`: scikit-learn, or FAISS, which the extra `[faiss]`
+    installs; the same ones up to rounding."""
 
 
 class RouterSection(Section):

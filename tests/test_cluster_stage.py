@@ -149,7 +149,17 @@ def test_outliers_may_be_left_out(tmp_path):
     with pytest.raises(ValueError, match=r"leaves \d+ of 85 examples, which cannot form 84 clusters; set it to assign"):
         cluster(recipe_for(outliers="leave_out", count=84), run)
     everything_is_one, _ = make_run(tmp_path / "zero", rows_NK=np.zeros((9, 4)))
-    assert cluster(recipe_for(outliers="leave_out"), everything_is_one).made.endswith(" 9")
+    for count in ("auto", 1):
+        assert cluster(recipe_for(outliers="leave_out", count=count), everything_is_one).made.endswith(" 9")
+
+
+def test_no_cluster_is_too_small_when_outliers_are_left_out(tmp_path):
+    rows_NK, _ = planted((40, 7), 0.6)
+    strange = np.zeros((len(rows_NK) + 8, rows_NK.shape[1] + 8))
+    strange[:-8, :-8], strange[-8:, -8:] = rows_NK, np.eye(8)
+    run, _ = make_run(tmp_path, rows_NK=strange)
+    assert cluster(recipe_for(outliers="leave_out", count=2, min_examples=8), run).counts["sizes"] == [47]
+    assert cluster(recipe_for(outliers="leave_out", count=2, min_examples=7), run).counts["sizes"] == [40, 7]
 
 
 def test_numbers_that_are_not_finite_are_named(tmp_path):

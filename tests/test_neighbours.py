@@ -118,6 +118,8 @@ def test_degenerate_input_has_no_outliers_but_zero_rows():
     assert not outliers.outliers(np.ones((9, 3)), 10, 0).any()
     assert not outliers.outliers(np.eye(4), 10, 0).any()
     assert outliers.outliers(np.zeros((3, 2)), 10, 0).all()
+    near_NK = 1 + 0.01 * np.random.default_rng(0).normal(size=(5, 8))
+    assert not outliers.outliers(np.concatenate([np.ones((20, 8)), near_NK]), 10, 0).any()
     assert outliers.outliers(np.array([[1.0, 0], [0, 0], [1, 0.1]]), 10, 0).tolist() == [False, True, False]
 
 
@@ -135,11 +137,15 @@ def test_spherical_kmeans_is_at_a_fixed_point(count, wanted, seed):
 def test_no_bit_depends_on_the_number_of_threads(method, monkeypatch):
     monkeypatch.setattr(graph, "DENSE_EXAMPLES", 50)
     coordinates_NK = np.random.default_rng(0).normal(size=(700, 12))
+    # Some are equal, so that neighbours are a matter of order.
+    coordinates_NK[350:] = coordinates_NK[np.arange(350) % 40]
     found = []
-    for threads in (1, 2):
+    for threads in (1, 4):
         with threadpool_limits(threads):
-            found.append(clusters_of(coordinates_NK, 7, method, 10, 0))
-    assert np.array_equal(*found)
+            unit_NK = rows.unit_rows(coordinates_NK)
+            found.append((clusters_of(coordinates_NK, 7, method, 10, 0), *nearest_others(unit_NK, 5)))
+    for first, second in zip(*found, strict=True):
+        assert np.array_equal(first, second)
 
 
 def test_a_graph_in_pieces_has_every_eigenvalue_as_often_as_it_should(monkeypatch):

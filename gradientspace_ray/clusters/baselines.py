@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 from sklearn.cluster import Birch
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
 
 from gradientspace_ray.clusters.kmeans import fit_kmeans
 from gradientspace_ray.clusters.rows import blocks_of, check_count, row_lengths, sample, scaled, unit_rows
@@ -97,7 +98,8 @@ def birch_labels(projection_NP: np.ndarray, count: int, seed: int) -> np.ndarray
 
 def _birch_means(unit_FP: np.ndarray, count: int) -> np.ndarray:
     """Unit means, [at most `count`, P] float32, of the clusters that BIRCH finds."""
-    with warnings.catch_warnings():
+    # Of several threads, last bits depend on their number.
+    with warnings.catch_warnings(), threadpool_limits(1):
         # With fewer subclusters than wanted, each is a cluster: the caller sees it by the labels.
         warnings.simplefilter("ignore", ConvergenceWarning)
         found_F = Birch(threshold=BIRCH_THRESHOLD, n_clusters=count).fit(unit_FP).labels_

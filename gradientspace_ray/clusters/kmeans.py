@@ -41,7 +41,8 @@ def spherical_kmeans(coordinates_NK: np.ndarray, count: int, seed: int) -> np.nd
         centres_CK = fit_kmeans(fitted_FK, min(count, len(fitted_FK)), seed).cluster_centers_
         return (unit_LK @ _directions(fitted_FK, unit_rows(centres_CK)).T).argmax(axis=1)
 
-    return around_zero_rows(unit_rows(coordinates_NK), cluster)
+    with threadpool_limits(1):
+        return around_zero_rows(unit_rows(coordinates_NK), cluster)
 
 
 def _directions(unit_FK: np.ndarray, directions_CK: np.ndarray) -> np.ndarray:
@@ -74,7 +75,7 @@ def centroids(coordinates_NK: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
 def fit_kmeans(rows_NK: np.ndarray, count: int, seed: int) -> KMeans:
     """scikit-learn's k-means, fitted; some clusters stay empty where there are fewer distinct rows."""
     # Of several threads, sums are added in the order in which they come, and last bits differ from run to run.
-    with warnings.catch_warnings(), threadpool_limits(1, "openmp"):
+    with warnings.catch_warnings(), threadpool_limits(1):
         # The caller sees it by the labels.
         warnings.filterwarnings("ignore", "Number of distinct clusters")
         return KMeans(count, n_init=STARTS, random_state=seed).fit(rows_NK)

@@ -3,14 +3,17 @@
 Shapes: L places, Q queries, K coordinates, M neighbours, C clusters.
 """
 
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
 
 Search = Literal["exact", "faiss"]
 QUERIES_AT_ONCE = 50_000
 """Queries whose neighbours are in memory together."""
+FEW_QUERIES = 20_000
 LEAST_WEIGHT = 1e-9
 
 
@@ -35,8 +38,9 @@ def nearest_others(unit_LK: np.ndarray, neighbours: int, search: Search = "exact
         own_LM[~own_LM.any(axis=1), -1] = True
         shape = (len(unit_LK), neighbours)
         return cosines_LM[~own_LM].reshape(shape), indices_LM[~own_LM].reshape(shape)
-    # Asked without arguments, a row is not its own neighbour. On unit rows, distance^2 = 2 - 2 cosine.
-    distances_LM, indices_LM = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(unit_LK).kneighbors()
+    with threads_for(len(unit_LK)):
+        # Asked without arguments, a row is not its own neighbour. On unit rows, distance^2 = 2 - 2 cosine.
+        distances_LM, indices_LM = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(unit_LK).kneighbors()
     return 1 - distances_LM**2 / 2, indices_LM
 
 
@@ -63,7 +67,8 @@ def label_by_neighbours(
         if index is None:
             cosines_QM, indices_QM = _faiss(places_LK, unit_QK[part], used)
         else:
-            distances_QM, indices_QM = index.kneighbors(unit_QK[part])
+            with threads_for(len(unit_QK[part])):
+                distances_QM, indices_QM = index.kneighbors(unit_QK[part])
             cosines_QM = 1 - distances_QM**2 / 2
         # Neighbours that point away count only where no other does.
         weights_QM = np.maximum(cosines_QM, LEAST_WEIGHT)
@@ -71,6 +76,15 @@ def label_by_neighbours(
         np.add.at(votes_QC, (np.arange(len(cosines_QM))[:, None], labels_L[indices_QM]), weights_QM)
         labels_Q[part] = votes_QC.argmax(axis=1)
     return labels_Q
+
+
+def threads_for(queries: int) -> AbstractContextManager[Any]:
+    """One thread for few queries.
+
+    There scikit-learn would split the places, and which of equally near ones comes first would depend on the number of
+    threads. Of many queries it splits these.
+    """
+    return threadpool_limits(1) if queries <= FEW_QUERIES else nullcontext()
 
 
 def _faiss(places_LK: np.ndarray, unit_QK: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,13 +1,16 @@
 """Examples unlike all others.
 
-Shapes: N examples, L of them whose coordinates are not zero, F of them in the sample, K coordinates, M neighbours.
+Shapes: N examples, F of them in the sample, P places that these have, K coordinates, M neighbours.
 """
 
 import numpy as np
 from sklearn.neighbors import LocalOutlierFactor
 
+from gradientspace_ray.clusters.neighbours import threads_for
 from gradientspace_ray.clusters.rows import FIT_EXAMPLES, sample, unit_rows
 
+DECIMALS = 6
+"""Of unit coordinates: what is equal to here counts as one."""
 OUTLIER_FACTOR = 1.5
 """The threshold of scikit-learn's `contamination="auto"`."""
 
@@ -31,14 +34,17 @@ def outliers(coordinates_NK: np.ndarray, neighbours: int, seed: int) -> np.ndarr
     found_N = np.ones(len(unit_NK), dtype=bool)
     found_N[live] = False
     fitted_F = live[sample(len(live), FIT_EXAMPLES, [seed, 9])]
-    if len(fitted_F) < 3:
+    # Beside examples that are all the same, any other would be far.
+    distinct_PK, place_F = np.unique(unit_NK[fitted_F].round(DECIMALS), axis=0, return_inverse=True)
+    if len(distinct_PK) < 3:
         return found_N
-    model = LocalOutlierFactor(min(neighbours, len(fitted_F) - 1), algorithm="brute", novelty=True)
-    model.fit(unit_NK[fitted_F])
+    model = LocalOutlierFactor(min(neighbours, len(distinct_PK) - 1), algorithm="brute", novelty=True)
     factors_N = np.ones(len(unit_NK))
-    factors_N[fitted_F] = -model.negative_outlier_factor_
+    with threads_for(len(distinct_PK)):
+        factors_N[fitted_F] = -model.fit(distinct_PK).negative_outlier_factor_[place_F]
     others = np.setdiff1d(live, fitted_F, assume_unique=True)
     if len(others):
-        factors_N[others] = -model.score_samples(unit_NK[others])
+        with threads_for(len(others)):
+            factors_N[others] = -model.score_samples(unit_NK[others])
     found_N[live] = factors_N[live] > OUTLIER_FACTOR
     return found_N

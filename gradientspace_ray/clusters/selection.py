@@ -41,8 +41,8 @@ def choose_count(
         seed: decides the subsamples.
 
     Returns:
-        (the number, all candidates). One cluster, and no candidates, where the examples are fewer than four, all alike
-        or all zero.
+        (the number, all candidates). One cluster, and no candidates, where no more may be, or the examples are fewer
+        than four, all alike or all zero.
     """
     live = np.flatnonzero(row_lengths(coordinates_NK))
     unit_NK = unit_at(coordinates_NK, live[sample(len(live), SELECTION_EXAMPLES, [seed, 3])])
@@ -69,15 +69,11 @@ def choose_count(
 def _clusterings(
     unit_NK: np.ndarray, counts: range, method: Method, neighbours: int, seed: int
 ) -> dict[int, np.ndarray]:
-    """Labels [N] of every count, or of as many clusters as there are examples; one eigenmap serves all.
-
-    See `eigenmap_clusters` for those below 0.
-    """
-    possible = {count: min(count, len(unit_NK)) for count in counts}
+    """Labels [N] of every count, see `eigenmap_clusters` for those below 0; one eigenmap serves all."""
     if method == "kmeans":
-        return {count: spherical_kmeans(unit_NK, used, seed) for count, used in possible.items()}
+        return {count: spherical_kmeans(unit_NK, count, seed) for count in counts}
     _, vectors_NE = laplacian_eigenmap(neighbour_graph(unit_NK, neighbours), counts[-1], seed)
-    return {count: eigenmap_clusters(vectors_NE, used, seed) for count, used in possible.items()}
+    return {count: eigenmap_clusters(vectors_NE, count, seed) for count in counts}
 
 
 def merge_small(coordinates_NK: np.ndarray, labels_N: np.ndarray, min_examples: int) -> np.ndarray:

@@ -124,7 +124,7 @@ def _label_free(quality: Mapping[str, Any], clusters: int) -> list[Headline]:
             value += f" / {conflicts['between']:.0%}"
             note += "; the clusters separate conflicts where the first number is the smaller"
         facts.append(Headline(value, "conflicts inside / between" if several else "conflicts inside", note))
-    if "share" in variance and several:
+    if {"share", "at_random"} <= set(variance) and several:
         note = (
             "of the gradients' variance in the directions that the sketch kept is left inside the clusters; groups "
             f"drawn at random would leave {variance['at_random']:.1%}. Gradients stand nearly at right angles, so that "
@@ -174,7 +174,8 @@ def _counts(quality: Mapping[str, Any], clusters: int) -> Figure | None:
         name = f"chosen: {count}" if int(count) == chosen else str(count)
         parts = f"{found['score']:.3f}  (stability {found['stability']:.2f}, separation {found['separation']:.3f})"
         rows.append((name, max(found["score"], 0.0), parts))
-    merged = f" Small clusters were then merged, which leaves {clusters}." if chosen not in (None, clusters) else ""
+    fewer = chosen not in (None, clusters)
+    merged = f" Empty and small clusters were then merged away, which leaves {clusters}." if fewer else ""
     again = "k-means makes the same clusters of gradients" if method == "kmeans" else "it falls into the same clusters"
     other = "" if method in ("", *TRIED) else " The clusters of this page are made otherwise, at the chosen number."
     return Figure(

@@ -43,7 +43,7 @@ class PromptEncoder:
         return self._model.config.hidden_size
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
-        """Encodings [N, H], float32, unit length; a prompt's own does not depend on its neighbours in the list."""
+        """Encodings [N, H], float32, unit length; but for rounding, a prompt's own does not depend on the others."""
         encodings_NH = np.zeros((len(prompts), self.width), dtype=np.float32)
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

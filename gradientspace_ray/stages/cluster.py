@@ -62,7 +62,7 @@ def cluster(recipe: Recipe, run: RunDirectory) -> Summary:
 
         def settled(chosen: np.ndarray, count: int) -> np.ndarray:
             # Of a part of the examples, a cluster has that part.
-            smallest = math.ceil(settings.min_examples * len(chosen) / len(ids))
+            smallest = math.ceil(settings.min_examples * len(chosen) / len(kept))
             return merge_small(_at(coordinates_NK, chosen), clusters_among(chosen, count), smallest)
 
         bars.update(LINE, 2, 4, "clustering")
@@ -167,12 +167,14 @@ def _at(rows_NK: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 def _kept(left_out_N: np.ndarray, count: int | Literal["auto"]) -> np.ndarray:
     """Indices of the examples that are clustered: all but the outliers, unless that is none."""
     kept = np.flatnonzero(~left_out_N)
+    if not len(kept):
+        return np.arange(len(left_out_N))
     if count != "auto" and len(kept) < count <= len(left_out_N):
         raise ValueError(
             f"clusters.outliers leaves {len(kept)} of {len(left_out_N)} examples, which cannot form {count} clusters; "
             "set it to assign, or lower clusters.count"
         )
-    return kept if len(kept) else np.arange(len(left_out_N))
+    return kept
 
 
 def _matrix(run: RunDirectory, name: str, column: str, width: int | None = None) -> tuple[list[str], np.ndarray]:

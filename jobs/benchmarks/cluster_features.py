@@ -37,6 +37,8 @@ class Features(NamedTuple):
 
     name: str
     made_NK: tuple[np.ndarray, ...]
+    dimensions: int
+    """Numbers of a feature: D of the full gradients, which rows of N stand for."""
 
 
 def all_features(
@@ -69,7 +71,10 @@ def all_features(
         # Models of two layers have no last third.
         if parts := _parts(main, wanted):
             features[name] = [coordinates_of_products(sum(parts), RANK)]
-    return [Features(name, tuple(made_NK)) for name, made_NK in features.items()]
+    return [
+        Features(name, tuple(made_NK), int(main["dimension"]) if name == FULL else made_NK[0].shape[1])
+        for name, made_NK in features.items()
+    ]
 
 
 def online_svd(full_NN: np.ndarray) -> np.ndarray:

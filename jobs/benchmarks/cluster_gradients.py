@@ -1,8 +1,9 @@
 """Gradients of labelled examples at a warmed-up adapter, and the products of all pairs of them.
 
 A pass writes the gradients of all examples to a file and reads it in blocks of columns. The products decide all that is
-studied: the exact SVD, the online one and random projections depend on the gradients by their inner products alone, so
-any rows that have the same ones, as `coordinates_of_products` has in N dimensions instead of D, give the same.
+studied: the exact SVD, the online one and random projections by normal numbers (these in law) depend on gradients by
+inner products alone, so rows that have the same ones, as those of `coordinates_of_products` in N dimensions instead of
+D, give the same.
 
 Shapes: N examples, D LoRA weights, C columns of a block, K coordinates.
 """
@@ -50,7 +51,7 @@ class Pass(NamedTuple):
 def warmed_up(
     model: PeftModel, examples: Sequence[Example], marks: Sequence[int], dtype: torch.dtype, tell: Tell
 ) -> Iterator[tuple[int, AdamMoments]]:
-    """Train the adapter on the examples, as a run's generalist is, and stop at each mark.
+    """Train the adapter on the examples, at a constant learning rate, and stop at each mark.
 
     Yields:
         (steps made, Adam's moments there); the model stands at this step until the next is asked for.
@@ -102,7 +103,8 @@ def products_of_pass(
     """Inner products of all pairs of gradients, [N, N] float32 by name.
 
     `<attention or mlp>.<early, middle or late>.<A or B>` are of some of the columns, and add up to all; `module` of
-    gradients whose layers all have one length; `adam` and `less` of those scaled by the warm-up's optimizer.
+    gradients whose layers all have one length; `adam` and `less` of those scaled by the warm-up's optimizer. Beside
+    them, `dimension` is D.
     """
     engine = PerSampleGradients(model, compute_dtype=dtype, labels=labels, tokens_per_batch=TOKENS_PER_BATCH)
     with tempfile.TemporaryDirectory(prefix="gradients-", dir=scratch) as folder:
@@ -114,7 +116,8 @@ def products_of_pass(
                 file.write(engine.gradients(part, out=buffer_BD[: len(part)]).numpy().data)
                 tell(f"{labels}: {start + len(part)} of {len(labelled)} gradients")
         products = _products(RowFile(str(path), len(labelled), engine.dimension), engine.columns, moments)
-    return {name: product_NN.float().numpy() for name, product_NN in products.items()}
+    found = {name: product_NN.float().numpy() for name, product_NN in products.items()}
+    return found | {"dimension": np.array(engine.dimension)}
 
 
 def _products(file: RowFile, columns: Sequence[Column], moments: AdamMoments) -> dict[str, torch.Tensor]:
@@ -131,7 +134,7 @@ def _products(file: RowFile, columns: Sequence[Column], moments: AdamMoments) ->
         plain_NC = file.columns(slice(factor_a.offset, end))
         border = factor_b.offset - factor_a.offset
         depth = ("early", "middle", "late")[3 * _layer(factor_a) // layers]
-        kind = "attention" if "self_attn" in factor_a.name else "mlp"
+        kind = "attention" if "attn" in factor_a.name or "attention" in factor_a.name else "mlp"
         for factor, values_NC in (("A", plain_NC[:, :border]), ("B", plain_NC[:, border:])):
             add(f"{kind}.{depth}.{factor}", values_NC)
         norms_N1 = plain_NC.norm(dim=1, keepdim=True)

@@ -1,9 +1,9 @@
 """Clusters of made-up gradients whose groups are known: whether they are found, how many, and in what time.
 
 A group has a direction of its own, a few more that its members vary along, and every member its own noise. The noise is
-that of real instruction data: two gradients of a group have a mean cosine of .04 to .1, so nine tenths of a gradient's
-energy are its own. Up to `EXACT_EXAMPLES` the gradients are made at full dimension and sketched by the online SVD;
-beyond that, coordinates are drawn as such a sketch gives them.
+that of real instruction data: two gradients of a group have a mean cosine of .04 to .1, so more than four fifths of a
+gradient's energy are its own. Up to `EXACT_EXAMPLES` the gradients are made at full dimension and sketched by the
+online SVD; beyond that, coordinates are drawn as such a sketch gives them.
 """
 
 import json

@@ -3,10 +3,10 @@
 python jobs/benchmarks/clusters.py [--data DIR] [--json OUT]
 python jobs/benchmarks/clusters.py --planted [--json OUT]
 
-An adapter is warmed up on the examples themselves, as a run's generalist is. Then every example's gradient is taken,
-features are made of all of them, and each set of features is clustered by every method into the same number of
-clusters: the one that the default method chooses from the default features, without looking at any label. The hidden
-domains (each row's `domain`) only judge.
+An adapter is warmed up on the examples themselves, as a run's generalist is, but at a constant learning rate. Then
+every example's gradient is taken, features are made of all of them, and each set of features is clustered by every
+method into the same number of clusters: the one that the default method chooses from the default features, without
+looking at any label. The hidden domains (each row's `domain`) only judge.
 
 * nn: share of examples whose nearest neighbour, by cosine of these features, has their domain.
 * NMI, ARI: agreement of the clusters with the domains. Each row has the same number of clusters, so they compare; the
@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from cluster_features import DEFAULT, FULL, SCALINGS, Features, all_features
 from cluster_gradients import FACTS, Pass, products_of_pass, warmed_up
-from cluster_planted import SIZES, Planted, show_planted
+from cluster_planted import SIZES, SUBSPACE_ENERGY, Planted, show_planted
 from gradient_task import (
     LORA_ALPHA,
     LORA_RANK,
@@ -104,20 +104,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoder", default=RouterSection().encoder, metavar="NAME", help="of the embeddings")
     dtypes = ("auto", "bfloat16", "float32")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the model and its products; default: auto")
-    parser.add_argument("--examples", type=int, default=620, metavar="N", help="default: 620")
+    parser.add_argument("--examples", type=_positive, default=620, metavar="N", help="default: 620")
     marks = "of 8 examples, all of which are studied; the first is what the others are compared with; default: 80,24"
     parser.add_argument("--warm-up-steps", type=_numbers, default=[80, 24], metavar="A,B", help=marks)
     policies = "whose gradients are taken after the first warm-up, response beside others; default: all of them"
     parser.add_argument("--labels", type=_policies, default=[*POLICIES], metavar="A,B", help=policies)
     default = _scaling(GradientsSection())
     parser.add_argument("--scaling", choices=SCALINGS, default=default, help=f"of gradients; default: {default}")
-    parser.add_argument("--count", type=int, metavar="C", help="clusters; default: chosen from the data")
-    parser.add_argument("--neighbours", type=int, default=defaults.neighbours, metavar="M", help="of the graph")
+    parser.add_argument("--count", type=_positive, metavar="C", help="clusters; default: chosen from the data")
+    parser.add_argument("--neighbours", type=_positive, default=defaults.neighbours, metavar="M", help="of the graph")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="keep products of gradients there, and take those that are there"
     )
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for gradients; default: the system's place")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="PyTorch's")
+    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), metavar="N", help="PyTorch's")
     made_up = parser.add_argument_group("made-up gradients")
     made_up.add_argument("--planted", action="store_true", help="cluster these instead")
     sizes = f"numbers of examples; default: {','.join(map(str, SIZES))}"
@@ -134,10 +134,14 @@ def _scaling(settings: GradientsSection) -> str:
     return "module" if settings.normalisation == "module" else "plain"
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return int(text)
+
+
 def _numbers(text: str) -> list[int]:
-    if not all(part.isdecimal() and int(part) for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} is no list of positive numbers")
-    return [int(part) for part in text.split(",")]
+    return [_positive(part) for part in text.split(",")]
 
 
 def _policies(text: str) -> list[str]:
@@ -148,9 +152,12 @@ def _policies(text: str) -> list[str]:
 
 def _shares(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        shares = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text} is no list of numbers") from error
+    if not all(0 <= share <= 1 - SUBSPACE_ENERGY for share in shares):
+        raise argparse.ArgumentTypeError(f"{text}: give cosines of 0 to {1 - SUBSPACE_ENERGY:g}")
+    return shares
 
 
 def planted(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -268,7 +275,7 @@ class Setting(NamedTuple):
 def judged(features: Features, setting: Setting) -> dict[str, Any]:
     """One set of features under every method: means over the seeds that it was made with."""
     results = [_judged(feature_NK, setting) for feature_NK in features.made_NK]
-    report = _mean(results)
+    report = {"dimensions": features.dimensions, **_mean(results)}
     if len(results) > 1:
         report["nn_purity_of_seeds"] = [result["nn_purity"] for result in results]
     return report
@@ -290,7 +297,7 @@ def _judged(feature_NK: np.ndarray, setting: Setting) -> dict[str, Any]:
             "at_domains": _agreement(clusters(everything, max(1, len(setting.known))), setting),
         }
     purity = quality.nearest_neighbour_purity(feature_NK, setting.domains, SEED)
-    return {"dimensions": feature_NK.shape[1], "nn_purity": purity, "methods": methods}
+    return {"nn_purity": purity, "methods": methods}
 
 
 def _worth(labels_N: np.ndarray, setting: Setting) -> dict[str, Any]:
