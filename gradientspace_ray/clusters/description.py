@@ -175,7 +175,7 @@ def called_by_length(longer: Sequence[float | None], best_term_auc: Sequence[flo
 
 
 def cluster_names(terms: Sequence[Sequence[str]], called: Sequence[str], reserved: Sequence[str]) -> list[str]:
-    """Unique slugs of `[a-z0-9-]`: what a cluster is called, or else two of its terms.
+    """Unique slugs of `[a-z0-9-]`: two of a cluster's terms, or what it is called and one of them.
 
     Terms that no earlier cluster's name has go first, and no two that are forms of one word. `cluster-<index>` where
     nothing is left of the terms. A name that is reserved, or that an earlier cluster has, gets its cluster's index
@@ -189,9 +189,9 @@ def cluster_names(terms: Sequence[Sequence[str]], called: Sequence[str], reserve
     names: list[str] = []
     used: set[str] = set()
     for index, (words, kind) in enumerate(zip(terms, called, strict=True)):
-        parts = [] if kind else _name_parts(words, used)
+        parts = _name_parts(words, used, 1 if kind else 2)
         used.update(parts)
-        name = _slug(kind) if kind else "-".join(parts) or f"cluster-{index}"
+        name = "-".join([_slug(kind), *parts] if kind else parts) or f"cluster-{index}"
         while name in names or name in reserved:
             name = f"{name}-{index}"
         names.append(name)
@@ -214,12 +214,12 @@ def typical(ids: Sequence[str], coordinates_NK: np.ndarray, labels_N: np.ndarray
     return nearest
 
 
-def _name_parts(words: Sequence[str], used: set[str]) -> list[str]:
-    """Slugs of at most two words, in their order, those not used first."""
+def _name_parts(words: Sequence[str], used: set[str], count: int) -> list[str]:
+    """Slugs of at most `count` words, in their order, those not used first."""
     slugs = list(dict.fromkeys(slug for word in words if (slug := _slug(word))))
     chosen: list[str] = []
     for slug in sorted(slugs, key=lambda slug: slug in used):
-        if len(chosen) < 2 and not any(_alike(slug, other) for other in chosen):
+        if len(chosen) < count and not any(_alike(slug, other) for other in chosen):
             chosen.append(slug)
     return sorted(chosen, key=slugs.index)
 
