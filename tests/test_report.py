@@ -244,7 +244,7 @@ def test_a_run_with_left_out_examples_and_all_that_is_judged(tiny_model_dir, tin
     assert "Hidden labels had no say" in section
     assert "random four fifths of the examples, or of 2,000 of them where there are more" in section
     assert "<h3>How many clusters the gradients&#39; graph has</h3>" in section
-    assert "Small clusters were then merged, which leaves 2." in section
+    assert "Empty and small clusters were then merged away, which leaves 2." in section
     svg = parsed(section[section.index("<svg") : section.index("</svg>") + 6])
     texts = [node.text for node in svg.iter(f"{SVG}text")]
     assert texts[::2] == ["2", "chosen: 3", "10"]
