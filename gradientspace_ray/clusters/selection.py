@@ -12,7 +12,7 @@ from gradientspace_ray.clusters.methods import Method
 from gradientspace_ray.clusters.quality import subsample_indices
 from gradientspace_ray.clusters.rows import row_lengths, sample, unit_at
 
-SELECTION_EXAMPLES = 2000
+SELECTION_EXAMPLES = 4000
 REPEATS = 10
 EXAMPLES_PER_CLUSTER = 2
 """Counts that would leave fewer than this many examples to a cluster, on average, are not tried."""
@@ -31,7 +31,7 @@ def choose_count(
     there. Separation is the eigengap of the neighbour graph's normalised Laplacian, lambda_(C+1) - lambda_C (von
     Luxburg, "A tutorial on spectral clustering", 2007, section 8.3). Each alone errs: stability prefers coarse
     clusters, and the gap is wide somewhere even in noise. One cluster competes with the gap lambda_2 and, since its
-    stability would say nothing, one half in its place. At most 2,000 examples are looked at; zero rows are not.
+    stability would say nothing, one half in its place. At most 4,000 examples are looked at; zero rows are not.
 
     Args:
         coordinates_NK: coordinates of the examples, scaled to unit length here.
