@@ -1,4 +1,4 @@
-"""The command line: `gradientspace run | status | serve | report | route`.
+"""The command line: `gradientspace run | resume | status | serve | report | route`.
 
 Commands import what they run when they run, so that `--help` and `status` answer at once; everything else in the
 package imports at the top.
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -58,12 +59,29 @@ def run(
 ) -> None:
     """Run a recipe from dataset to router. Finished stages are skipped, so the same command also resumes."""
     settings = recipes.load_recipe(recipe, assignments or [])
+    _run(settings, run_dir or f"runs/{settings.name}", until, again)
+
+
+@app.command()
+def resume(
+    run_dir: RunDirArgument,
+    until: Annotated[str | None, typer.Option(help=f"Last stage to run: {', '.join(recipes.STAGES)}.")] = None,
+    again: Annotated[str | None, typer.Option(help="Remove what this stage made; run it and what follows.")] = None,
+) -> None:
+    """Go on with a run by the recipe that it holds; what is finished is kept."""
+    directory = RunDirectory(run_dir)
+    directory.require()
+    settings = recipes.parse_recipe(yaml.safe_load(directory.read_bytes("recipe.yaml")), directory.path("recipe.yaml"))
+    _run(settings, run_dir, until, again)
+
+
+def _run(settings: recipes.Recipe, run_dir: str, until: str | None, again: str | None) -> None:
     for option, stage in (("--until", until), ("--again", again)):
         if stage is not None and stage not in recipes.STAGES:
             raise recipes.RecipeError(f"{option} {stage}: no such stage; stages are {', '.join(recipes.STAGES)}")
     if until and again and recipes.STAGES.index(again) > recipes.STAGES.index(until):
         raise recipes.RecipeError(f"--again {again}: it follows --until {until}; give an earlier stage")
-    directory = RunDirectory(run_dir or f"runs/{settings.name}")
+    directory = RunDirectory(run_dir)
     with _interruptible("run the same command again to continue where it stopped"):
         from gradientspace_ray import pipeline
 
@@ -71,7 +89,7 @@ def run(
             pipeline.run_pipeline(settings, directory, console, until, again)
     console.print(_table(directory.manifest()))
     if "evaluate" in directory.manifest().stages and until in (None, "report"):
-        shown = escape(run_dir or f"runs/{settings.name}")
+        shown = escape(run_dir)
         console.print("Next:")
         console.print(f"  open {shown}/report.html")
         console.print(f"  gradientspace route {shown} 'Write a Python function that reverses a list.'")

@@ -33,8 +33,8 @@ LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 REPORTED_PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "scikit-learn", "numpy")
 # Settings that change how fast a result comes, not the result.
 SPEED_SETTINGS = {
-    "experts": {"max_concurrent", "tokens_per_batch"},
-    "warmup": {"tokens_per_batch"},
+    "experts": {"max_concurrent", *train.SPEED_SETTINGS},
+    "warmup": train.SPEED_SETTINGS,
     "gradients": extract.SPEED_SETTINGS,
     "evaluate": {"tokens_per_batch", "workers"},
 }
@@ -97,7 +97,7 @@ STAGES = (
         ("seed", "data"),
         outputs=tuple(f"examples/{split}.parquet" for split in prepare.SPLITS),
     ),
-    Stage("warmup", (train.warmup,), ("seed", "model", "lora", "warmup"), ("prepare",), ("generalist",)),
+    Stage("warmup", (train.warmup,), ("seed", "model", "lora", "warmup", "budget"), ("prepare",), ("generalist",)),
     Stage(
         "gradients",
         (_gradients,),
@@ -115,7 +115,7 @@ STAGES = (
     Stage(
         "experts",
         (train.experts,),
-        ("seed", "model", "lora", "experts"),
+        ("seed", "model", "lora", "warmup", "experts", "single_lora", "budget"),
         ("prepare", "warmup", "cluster"),
         ("experts",),
     ),
@@ -241,6 +241,7 @@ def run_pipeline(
         StageFailedError: a stage ended with an error; what was committed before is kept.
     """
     names = [stage.name for stage in STAGES]
+    train.check(recipe)
     recipe = _with_dtypes(recipe)
     chosen = STAGES[: names.index(until) + 1] if until else STAGES
     # Ray's C++ core warns on the driver's terminal about what Ray Data does; errors come back as exceptions.

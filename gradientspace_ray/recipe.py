@@ -5,13 +5,14 @@ here and nowhere else.
 """
 
 import difflib
+import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -43,6 +44,9 @@ class ModelSection(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """bfloat16 runs the matrix products under autocast, float32 in the type of the weights; `auto` takes bfloat16 where
     the processor multiplies it natively."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4` holds linear layers in 4 bits (QLoRA, arXiv 2305.14314) where adapters are trained and measured; needs the
+    extra `[quantization]`."""
 
 
 class DataSection(Section):
@@ -72,6 +76,7 @@ class TrainingSection(Section):
     """One finetune: the generalist's, or each expert's."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the examples; see `budget` for tokens instead."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     examples_per_step: Positive = 8
     """Examples in one optimizer step, over all workers."""
@@ -79,21 +84,79 @@ class TrainingSection(Section):
     """Share of the steps in which the learning rate rises; it then falls along a cosine to a tenth."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """DeepSpeed's ZeRO stage."""
+    heldout_share: Share = 0.0
+    """Share of the finetune's own examples that it does not train on. Their loss is taken every `evaluate_every` steps
+    and at the end, and the weights of the lowest one are kept."""
+    evaluate_every: Positive = 20
+    """Steps from one loss of the held-out part to the next."""
+    patience: Positive | None = None
+    """Stop when so many held-out losses in a row were no lower than the best; null trains to the end."""
     workers: Positive = 1
     """Ray Train workers of one finetune."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed's ZeRO stage."""
+    offload: bool = False
+    """Keep the optimizer's state, and under ZeRO 3 the weights too, in the CPU's memory (ZeRO 1 to 3)."""
+    checkpointing: bool = False
+    """Keep less for the backward pass, at the price of a second forward pass."""
     tokens_per_batch: Positive = 1024
     """Tokens in one forward pass of one worker; a step accumulates as many passes as it needs."""
+    checkpoint_every: Positive = 50
+    """Steps from one checkpoint to the next; what is killed goes on from the last one."""
+    deepspeed: dict[str, Any] = {}
+    """More of DeepSpeed's configuration, or a JSON file's path; what other keys decide must not differ there."""
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read_deepspeed(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(Path(value).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{value}: no JSON file ({str(error).splitlines()[0]})") from error
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingSection":
+        if self.offload and not self.zero_stage:
+            raise ValueError("offload needs a zero_stage of 1 to 3")
+        if self.patience and not self.heldout_share:
+            raise ValueError("patience needs a heldout_share above 0, such as 0.1")
+        return self
 
 
 class ExpertsSection(TrainingSection):
-    """The experts' finetunes, which start from the generalist."""
+    """The experts' finetunes."""
 
+    start: Literal["generalist", "fresh"] = "generalist"
+    """Continue the generalist, or begin with a fresh adapter."""
+    min_steps: Annotated[int, Field(ge=0)] = 0
+    """A cluster that would have fewer optimizer steps takes fewer examples in each."""
     max_concurrent: Positive = 2
-    """Finetunes running at once."""
-    single_lora: bool = True
-    """Also train the baseline: the generalist on all the experts' examples, for as many more tokens as they train."""
+    """Finetunes running at once, the largest first; each takes `workers` times what `compute` gives one."""
+    merge: bool = False
+    """Also write each expert as a whole model, its weights added to the base's, into `merged/`."""
+
+
+class SingleLoraSection(Section):
+    """The baseline: one adapter for all the experts' examples, for as many tokens as the generalist and they see."""
+
+    train: bool = True
+    start: Literal["generalist", "fresh"] = "fresh"
+    """A fresh adapter in one piece, for the tokens of both; or the generalist, for those of the experts."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Null: the experts'."""
+    examples_per_step: Positive | None = None
+    """Null: the warm-up's."""
+
+
+class BudgetSection(Section):
+    """Training tokens of the run, prompts included."""
+
+    tokens: Positive | None = None
+    """What the generalist and all experts together train on, instead of `warmup.epochs` and `experts.epochs`."""
+    generalist_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of `tokens` that the generalist gets; the experts share the rest by the sizes of their clusters."""
 
 
 class GradientsSection(Section):
@@ -211,15 +274,25 @@ class Recipe(Section):
     sketch: SketchSection = SketchSection()
     clusters: ClustersSection = ClustersSection()
     experts: ExpertsSection = ExpertsSection()
+    single_lora: SingleLoraSection = SingleLoraSection()
+    budget: BudgetSection = BudgetSection()
     router: RouterSection = RouterSection()
     evaluate: EvaluateSection = EvaluateSection()
     compute: ComputeSection = ComputeSection()
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """Who is told of every step: TensorBoard's files are in the run directory, the others need their extras."""
 
     @model_validator(mode="after")
     def _check_projection(self) -> "Recipe":
         wanted = projected_numbers(self.clusters.method)
         if wanted and (self.sketch.projection or 1) % wanted:
             raise ValueError(f"clusters.method {self.clusters.method} needs sketch.projection {wanted}, or a multiple")
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> "Recipe":
+        if self.model.quantization != "none" and max(self.warmup.zero_stage, self.experts.zero_stage) == 3:
+            raise ValueError("model.quantization needs a zero_stage of 0 to 2: ZeRO 3 cannot part weights of 4 bits")
         return self
 
 

@@ -36,6 +36,10 @@ MAY_IMPORT = (
         "stages.encode": {*NOUNS, "stages.progress"},
         "stages.cluster": {*NOUNS, "stages.progress", "stages.encode"},
         "stages.route": {*NOUNS, "stages.progress", "stages.encode"},
+        "stages.deepspeed_engine": NOUNS,
+        "stages.finetune_worker": {*NOUNS, "stages.deepspeed_engine"},
+        "stages.finetunes": {*NOUNS, "stages.progress", "stages.finetune_worker"},
+        "stages.train": {*NOUNS, "stages.deepspeed_engine", "stages.finetune_worker", "stages.finetunes"},
         "stages.repair": {*NOUNS, "stages.progress"},
         "stages.conclude": {*NOUNS, "stages.progress", "stages.merge"},
         "stages.merge": {*NOUNS, "stages.progress", "stages.repair"},
@@ -58,7 +62,7 @@ MAY_IMPORT = (
 MAY_IMPORT_RAY = {"serving", "pipeline", *(name for name in MAY_IMPORT if name.startswith("stages."))}
 CLUSTER_LIBRARIES = {"ray", "deepspeed"}
 # Imports inside functions are for optional packages, and for the command line, which parses before it imports.
-OPTIONAL_PACKAGES = {"datasets", "faiss", "vllm"}
+OPTIONAL_PACKAGES = {"datasets", "faiss", "mlflow", "sqlalchemy", "vllm", "wandb"}
 MAX_LINES = 400
 
 

@@ -11,6 +11,7 @@ from reference_training import (
     adamw,
     assert_moments_are,
     flat_weights,
+    mean_loss,
     plain_training,
     random_examples,
     tiny_adapted_model,
@@ -23,8 +24,9 @@ from gradientspace_ray.models.loading import load_adapter
 from gradientspace_ray.models.moments import load_moments, save_moments
 from gradientspace_ray.recipe import TrainingSection
 from gradientspace_ray.registry import adapter_digest
-from gradientspace_ray.training.checkpoints import TrainingRecord, gather_moments, save
-from gradientspace_ray.training.loop import TokenLosses, TrainingError, train
+from gradientspace_ray.training.checkpoints import TrainingRecord, save
+from gradientspace_ray.training.engine import PlainEngine, TrainingError
+from gradientspace_ray.training.loop import Worker, heldout_loss, train
 from gradientspace_ray.training.schedule import plan_steps
 
 EXAMPLES = random_examples(24)
@@ -37,23 +39,8 @@ RECORD = TrainingRecord(
 )
 
 
-class PlainEngine:
-    """AdamW and gradient clipping on one process: the least that the loop can run on."""
-
-    def __init__(self, module):
-        self.module = module
-        self.optimizer = torch.optim.AdamW(trainable(module), weight_decay=SETTINGS.weight_decay)
-
-    def __call__(self, packed):
-        return self.module(packed)
-
-    def backward(self, loss):
-        loss.backward()
-
-    def step(self):
-        torch.nn.utils.clip_grad_norm_(trainable(self.module), SETTINGS.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+def plain_engine(model, compute_dtype=torch.float32):
+    return PlainEngine(model, compute_dtype, SETTINGS.weight_decay, SETTINGS.max_grad_norm)
 
 
 def plainly_trained(steps):
@@ -82,11 +69,29 @@ def segmented_model():
 @pytest.mark.parametrize("tokens_per_batch", [1, 60, 4096])
 def test_losses_and_weights_are_those_of_a_plain_loop(reference, tokens_per_batch):
     model = segmented_model()
-    outcome = train(PlainEngine(TokenLosses(model)), EXAMPLES, STEPS, **SCHEDULE, tokens_per_batch=tokens_per_batch)
-    assert len(outcome.losses) == 20
-    np.testing.assert_allclose(outcome.losses, reference[0], atol=1e-4)
+    made = list(train(plain_engine(model), EXAMPLES, STEPS, **SCHEDULE, tokens_per_batch=tokens_per_batch))
+    assert len(made) == 20
+    np.testing.assert_allclose([step.loss for step in made], reference[0], atol=1e-4)
     torch.testing.assert_close(flat_weights(model), reference[1], atol=1e-4, rtol=0)
-    assert outcome.tokens == sum(len(EXAMPLES[i][0]) for step in STEPS for i in step)
+    assert [step.tokens for step in made] == [sum(len(EXAMPLES[i][0]) for i in step) for step in STEPS]
+    assert [(step.number, step.total) for step in made] == [(number, 20) for number in range(1, 21)]
+
+
+def test_a_model_that_reads_padded_batches_has_the_same_losses(reference):
+    model = tiny_adapted_model()
+    model.set_attn_implementation("sdpa")
+    made = train(plain_engine(model), EXAMPLES, STEPS, **SCHEDULE, tokens_per_batch=60)
+    np.testing.assert_allclose([step.loss for step in made], reference[0], atol=1e-4)
+
+
+def test_the_held_out_loss_is_the_mean_over_label_tokens_and_changes_nothing():
+    model = segmented_model()
+    before = flat_weights(model)
+    with torch.no_grad():
+        wanted = mean_loss(tiny_adapted_model(), EXAMPLES[:7])
+    assert heldout_loss(plain_engine(model), EXAMPLES[:7], 60) == pytest.approx(float(wanted), abs=1e-5)
+    assert torch.equal(flat_weights(model), before)
+    assert all(weight.grad is None for weight in trainable(model))
 
 
 def float32_logits(module, inputs, output):
@@ -107,44 +112,36 @@ def test_every_precision_is_that_of_a_plain_loop(dtype, compute_dtype):
     clipped = {"weight_decay": SETTINGS.weight_decay, "max_grad_norm": SETTINGS.max_grad_norm}
     with autocast(compute_dtype):
         losses = plain_training(plain, EXAMPLES, STEPS[:8], **SCHEDULE, **clipped)
-    engine = PlainEngine(TokenLosses(ours, compute_dtype))
-    outcome = train(engine, EXAMPLES, STEPS[:8], **SCHEDULE, tokens_per_batch=60)
+    engine = plain_engine(ours, compute_dtype)
+    found = [step.loss for step in train(engine, EXAMPLES, STEPS[:8], **SCHEDULE, tokens_per_batch=60)]
     rounding = DTYPES[dtype, compute_dtype]
-    np.testing.assert_allclose(outcome.losses, losses, rtol=rounding / 10)
+    np.testing.assert_allclose(found, losses, rtol=rounding / 10)
     wanted, moved = flat_weights(plain) - before, flat_weights(ours) - before
     assert float((moved - wanted).norm() / wanted.norm()) < rounding
 
 
-def test_progress_is_reported_after_every_step():
-    reports = []
-    engine = PlainEngine(TokenLosses(segmented_model()))
-    outcome = train(
-        engine, EXAMPLES, STEPS[:3], **SCHEDULE, tokens_per_batch=64, on_step=lambda *report: reports.append(report)
-    )
-    assert reports == [(step + 1, 3, loss) for step, loss in enumerate(outcome.losses)]
-
-
 def test_a_loss_that_is_not_finite_stops_before_its_update():
     model = segmented_model()
-    engine = PlainEngine(TokenLosses(model))
+    engine = plain_engine(model)
     with torch.no_grad():
         trainable(model)[0][0, 0] = torch.nan
     before = flat_weights(model)
     with pytest.raises(TrainingError, match=r"loss is nan at step 1 of 20 \(learning rate 0\.0033\)"):
-        train(engine, EXAMPLES, STEPS, **SCHEDULE, tokens_per_batch=64)
+        list(train(engine, EXAMPLES, STEPS, **SCHEDULE, tokens_per_batch=64))
     torch.testing.assert_close(flat_weights(model), before, equal_nan=True)
 
 
 def test_a_step_without_label_tokens_is_an_error():
-    engine = PlainEngine(TokenLosses(segmented_model()))
+    engine = plain_engine(segmented_model())
     with pytest.raises(TrainingError, match="step 1 has no label tokens"):
-        train(engine, [([5, 6, 7], [5, -100, -100])], [[0]], **SCHEDULE, tokens_per_batch=64)
+        next(train(engine, [([5, 6, 7], [5, -100, -100])], [[0]], **SCHEDULE, tokens_per_batch=64))
 
 
 def test_saved_adapter_has_the_weights_and_the_same_digest_every_time(tmp_path):
     model = segmented_model()
-    save(model, RECORD, tmp_path / "a")
-    save(model, RECORD, tmp_path / "b")
+    weights = plain_engine(model).weights()
+    save(model, weights, RECORD, tmp_path / "a")
+    save(model, weights, RECORD, tmp_path / "b")
     assert adapter_digest(tmp_path / "a") == adapter_digest(tmp_path / "b")
     assert TrainingRecord.model_validate_json((tmp_path / "a" / "training.json").read_text()) == RECORD
     again = load_adapter(tiny_adapted_model(seed=0).unload(), tmp_path / "a", trainable=True)
@@ -156,7 +153,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with torch.no_grad():
         trainable(model)[3][0, 0] = torch.inf
     with pytest.raises(TrainingError, match="is not finite after 1 steps"):
-        save(model, RECORD, tmp_path / "a")
+        save(model, plain_engine(model).weights(), RECORD, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -172,21 +169,18 @@ def _deepspeed_worker(rank, world_size, port, folder):
     }
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    deepspeed, stage = import_module("deepspeed"), import_module("gradientspace_ray.stages.train")
+    module = import_module("gradientspace_ray.stages.deepspeed_engine")
+    worker = Worker(rank, world_size)
     for zero_stage in range(4):
         model = segmented_model()
         settings = SETTINGS.model_copy(update={"zero_stage": zero_stage})
-        engine = stage.build_engine(deepspeed, model, trainable(model), settings, torch.float32)
-        assert engine.zero_optimization_stage() == zero_stage
-        outcome = train(
-            engine, EXAMPLES, STEPS[:8], **SCHEDULE, tokens_per_batch=60, world_rank=rank, world_size=world_size
-        )
-        full_state = deepspeed.utils.safe_get_full_optimizer_state
-        moments = gather_moments(model, engine.basic_optimizer, full_state)
-        with deepspeed.zero.GatheredParameters(trainable(model), enabled=zero_stage == 3):
-            if rank == 0:
-                save_moments(moments, folder / f"{zero_stage}")
-                np.savez(folder / f"{zero_stage}.npz", losses=outcome.losses, weights=flat_weights(model).numpy())
+        engine = module.DeepSpeedEngine(model, settings, torch.float32)
+        made = list(train(engine, EXAMPLES, STEPS[:8], **SCHEDULE, tokens_per_batch=60, worker=worker))
+        moments, weights = engine.moments(), engine.weights()
+        if rank == 0:
+            save_moments(moments, folder / f"{zero_stage}")
+            flat = torch.cat([weight.flatten() for weight in weights.values()]).numpy()
+            np.savez(folder / f"{zero_stage}.npz", losses=[step.loss for step in made], weights=flat)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -112,7 +112,7 @@ def test_the_report_shows_every_part(finished):
 
 
 def test_one_expert_no_labels_few_validation_examples_no_single_lora(tiny_model_dir, tiny_encoder_dir, tmp_path):
-    recipe = synthetic_recipe(tiny_model_dir, tiny_encoder_dir, experts={"single_lora": False})
+    recipe = synthetic_recipe(tiny_model_dir, tiny_encoder_dir, single_lora={"train": False})
     run = synthetic_run(tmp_path, tiny_model_dir, clusters=1, validation=3, test=5, labelled=False)
     score.score(recipe, run, "validation")
     route.router(recipe, run)

@@ -1,6 +1,5 @@
 """The finetunes on a real Ray with real DeepSpeed engines: what they commit, and what a second run does with it."""
 
-import dataclasses
 import json
 import time
 
@@ -23,11 +22,13 @@ from transformers import AutoModelForCausalLM
 
 from gradientspace_ray.models.loading import add_lora, load_adapter
 from gradientspace_ray.models.moments import MOMENTS_FILE, load_moments
-from gradientspace_ray.recipe import parse_recipe
+from gradientspace_ray.recipe import TrainingSection, parse_recipe
 from gradientspace_ray.registry import adapter_digest, committed_digest
 from gradientspace_ray.run import RunDirectory
-from gradientspace_ray.stages import train
-from gradientspace_ray.training.loop import TrainingError
+from gradientspace_ray.stages import finetunes, train
+from gradientspace_ray.stages.finetune_worker import ORDER_PURPOSE, Finetune, examples_of
+from gradientspace_ray.stages.finetunes import committed
+from gradientspace_ray.training.engine import TrainingError
 from gradientspace_ray.training.schedule import plan_steps
 
 SEED = 7
@@ -68,6 +69,7 @@ def recipe_for(model_dir, **changes):
         "lora": {"rank": 4, "alpha": 8},
         "warmup": WARMUP,
         "experts": {**EXPERTS, "zero_stage": 2, "workers": 2},
+        "single_lora": {"start": "generalist", "examples_per_step": 5},
         "compute": {"retries": 0},
     }
     return parse_recipe({**tree, **changes})
@@ -132,7 +134,16 @@ def empty_run(request, tmp_path):
 
 def finetune_of(cluster):
     name = "generalist" if cluster is None else "low-bytes"
-    return train.Finetune(name, "warmup", cluster, None, "the key", 10, 1)
+    return Finetune(
+        name=name,
+        section="warmup",
+        settings=TrainingSection(),
+        cluster=cluster,
+        start=None,
+        key="the key",
+        tokens=10,
+        steps=1,
+    )
 
 
 def write_adapter(run, cluster, weights=b"weights"):
@@ -154,12 +165,12 @@ def write_adapter(run, cluster, weights=b"weights"):
 
 @pytest.mark.parametrize("cluster", [None, 0])
 def test_a_whole_adapter_counts_as_committed(empty_run, cluster):
-    assert train._committed(empty_run, finetune_of(cluster)) is None
+    assert committed(empty_run, finetune_of(cluster)) is None
     folder = write_adapter(empty_run, cluster)
-    made = train._committed(empty_run, finetune_of(cluster))
+    made = committed(empty_run, finetune_of(cluster))
     assert (made.folder, made.record.losses) == (folder, [1.0])
     assert made.digest == adapter_digest(empty_run.fetch(folder))
-    assert train._committed(empty_run, dataclasses.replace(finetune_of(cluster), key="another")) is None
+    assert committed(empty_run, finetune_of(cluster).model_copy(update={"key": "another"})) is None
 
 
 @pytest.mark.parametrize("cluster", [None, 0])
@@ -167,7 +178,7 @@ def test_a_whole_adapter_counts_as_committed(empty_run, cluster):
 def test_an_adapter_without_one_of_its_files_is_not_committed(empty_run, cluster, name):
     folder = write_adapter(empty_run, cluster)
     empty_run.delete(f"{folder}/{name}")
-    assert train._committed(empty_run, finetune_of(cluster)) is None
+    assert committed(empty_run, finetune_of(cluster)) is None
 
 
 @pytest.mark.parametrize("cluster", [None, 0])
@@ -175,15 +186,15 @@ def test_an_adapter_without_one_of_its_files_is_not_committed(empty_run, cluster
 def test_an_adapter_with_a_damaged_record_is_not_committed(empty_run, cluster, data):
     folder = write_adapter(empty_run, cluster)
     empty_run.write_bytes(f"{folder}/training.json", data)
-    assert train._committed(empty_run, finetune_of(cluster)) is None
+    assert committed(empty_run, finetune_of(cluster)) is None
 
 
 def test_an_expert_whose_digest_is_not_that_of_its_files_is_not_committed(empty_run):
     folder = write_adapter(empty_run, 0)
     empty_run.write_bytes(f"{folder}/adapter_model.safetensors", b"weigh")
-    assert train._committed(empty_run, finetune_of(0)) is None
+    assert committed(empty_run, finetune_of(0)) is None
     other = write_adapter(empty_run, 0, b"other weights")
-    assert train._committed(empty_run, finetune_of(0)).folder == other
+    assert committed(empty_run, finetune_of(0)).folder == other
 
 
 def test_the_single_lora_sees_what_the_experts_see_and_the_generalist_everything(empty_run, tiny_model_dir):
@@ -195,32 +206,31 @@ def test_the_single_lora_sees_what_the_experts_see_and_the_generalist_everything
         clusters = [-1 if place in places else cluster for place, cluster in enumerate(CLUSTERS)]
         write_examples(empty_run, EXAMPLES, clusters)
         plans[kind] = {
-            "generalist": train._plan(recipe, empty_run, "generalist", "warmup", None, None),
-            "single_lora": train._plan(recipe, empty_run, "single_lora", "experts", None, "generalist"),
-            0: train._plan(recipe, empty_run, "low-bytes", "experts", 0, "generalist"),
-            1: train._plan(recipe, empty_run, "high-bytes", "experts", 1, "generalist"),
+            "generalist": train.plan_generalist(recipe, empty_run),
+            **dict(zip((0, 1, "single_lora"), train.plan_experts(recipe, empty_run), strict=True)),
         }
     tokens = {kind: {name: plan.tokens for name, plan in own.items()} for kind, own in plans.items()}
     lengths = [len(ids) for ids, _ in EXAMPLES]
     assert plans["some"]["generalist"] == plans["all"]["generalist"]
-    assert tokens["all"]["generalist"] == tokens["all"]["single_lora"] == sum(lengths)
+    assert tokens["all"]["generalist"] == 5 * sum(lengths)
+    assert tokens["all"]["single_lora"] == sum(lengths)
     assert tokens["some"]["single_lora"] == sum(lengths) - sum(lengths[place] for place in left_out)
     for own in tokens.values():
         assert own["single_lora"] == own[0] + own[1]
     assert plans["some"]["single_lora"].key != plans["all"]["single_lora"].key
 
-    table = train._examples(empty_run, "experts", None, ["input_ids"])
+    table = examples_of(empty_run, "experts", None, 0.0, SEED, ["input_ids"])[0]
     kept = [list(ids) for place, (ids, _) in enumerate(EXAMPLES) if place not in left_out]
     assert table["input_ids"].to_pylist() == kept
     write_examples(empty_run, EXAMPLES, [0] * len(EXAMPLES))
     with pytest.raises(TrainingError, match=r"cluster 1 of clusters/assignments.parquet holds no training examples"):
-        train._examples(empty_run, "experts", 1, ["input_ids"])
+        examples_of(empty_run, "experts", 1, 0.0, SEED, ["input_ids"])
 
 
 @on_ray
 def test_generalist_is_that_of_a_plain_loop(generalist, run, tiny_model_dir):
     model = add_lora(base(tiny_model_dir), 4, 8, "all-linear", SEED)
-    steps = plan_steps(len(EXAMPLES), 8, 5, [SEED, train.ORDER_PURPOSE["warmup"]])
+    steps = plan_steps(len(EXAMPLES), 8, 5, [SEED, ORDER_PURPOSE["warmup"]])
     optimizer = adamw(model)
     losses = plain_training(model, EXAMPLES, steps, peak=3e-2, warmup_share=0.1, optimizer=optimizer)
     made = record(run.fetch("generalist"))
@@ -254,7 +264,7 @@ def test_experts_continue_the_generalist_as_a_plain_loop_does(experts, run, tiny
     if name != "single_lora":
         examples = [e for e, cluster in zip(EXAMPLES, CLUSTERS, strict=True) if cluster == NAMES.index(name)]
     model = load_adapter(base(tiny_model_dir), run.fetch("generalist"), trainable=True)
-    steps = plan_steps(len(examples), 5, 1, [SEED, train.ORDER_PURPOSE["experts"]])
+    steps = plan_steps(len(examples), 5, 1, [SEED, ORDER_PURPOSE["experts"]])
     losses = plain_training(model, examples, steps, peak=5e-3, warmup_share=0.1)
     made = record(folder)
     np.testing.assert_allclose(made["losses"], losses, atol=1e-4)
@@ -281,12 +291,12 @@ def test_folders_are_named_by_their_digest_and_hold_an_adapter_that_names_its_ba
 
 
 @on_ray
-def test_a_failed_finetune_leaves_the_others_and_is_named_in_one_line(experts):
+def test_a_failed_finetune_leaves_the_others_and_is_named_in_one_line(experts, run):
     message, left, logs, _ = experts
     assert "\n" not in message
     assert "2 of 3 finetunes failed" in message
     assert "high-bytes: IndexError: index out of range in self" in message
-    assert "run again" in message
+    assert f"mend that, then: gradientspace resume {run.uri}" in message
     assert logs == ["high-bytes.log", "single_lora.log"]
     assert "low-bytes" in {folder.partition("@")[0] for folder in left}
 
@@ -304,7 +314,7 @@ def test_the_next_run_trains_only_what_is_missing_and_removes_what_is_stale(expe
 
 @on_ray
 def test_a_finished_stage_trains_nothing(experts, recipe, run, monkeypatch):
-    monkeypatch.setattr(train, "_launch", None)
+    monkeypatch.setattr(finetunes, "_launch", None)
     assert train.experts(recipe, run) == experts[3]
     assert train.warmup(recipe, run).made.startswith("generalist from 32 examples")
 
@@ -313,8 +323,7 @@ def test_a_finished_stage_trains_nothing(experts, recipe, run, monkeypatch):
 def test_without_the_baseline_its_folder_goes_and_no_expert_is_trained_again(experts, recipe, run, tiny_model_dir):
     before = {name: record(folder) for name, folder in expert_folders(run).items()}
     single = (run.fetch("single_lora") / "training.json").read_text()
-    section = recipe.experts.model_dump() | {"single_lora": False}
-    train.experts(recipe_for(tiny_model_dir, experts=section), run)
+    train.experts(recipe_for(tiny_model_dir, single_lora={"train": False}), run)
     assert {name: record(folder) for name, folder in expert_folders(run).items()} == before
     assert not run.exists("single_lora")
     assert single
@@ -348,7 +357,7 @@ def test_ctrl_c_ends_the_trainer_and_its_workers(ray_cluster, tiny_model_dir, tm
             time.sleep(0.2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.ray, "wait", interrupted_wait)
+    monkeypatch.setattr(finetunes.ray, "wait", interrupted_wait)
     with pytest.raises(KeyboardInterrupt):
         train.warmup(recipe, run)
     assert len(calls) == 2

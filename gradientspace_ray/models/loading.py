@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
 from gradientspace_ray.models.attention import SEGMENTED, UnsupportedModelError
@@ -26,6 +33,7 @@ from gradientspace_ray.models.bundled import (
     cache_folder,
     is_installed,
 )
+from gradientspace_ray.models.quantization import Quantization, check_gradients, keep_differentiable, nf4_settings
 from gradientspace_ray.models.reading import (
     PLAIN_ATTENTION,
     check_packing,
@@ -88,7 +96,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(resolve_model(name))
 
 
-def load_base(name: str, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_base(
+    name: str,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    quantization: Quantization = "none",
+    compute_dtype: str | torch.dtype = "float32",
+) -> PreTrainedModel:
     """The frozen base model, in eval mode.
 
     Its attention is "segmented", which reads packed rows and all else too. A model that would mix the examples of a
@@ -97,39 +111,72 @@ def load_base(name: str, dtype: str | torch.dtype = "float32", device: str | tor
     Args:
         name: see `resolve_model`. Adapters saved later name it as their base model.
         dtype: type of the weights.
-        device: where they live.
+        device: where they are read to.
+        quantization: `nf4` holds the linear layers, but not the head, in 4 bits, to train and measure adapters there;
+            they load into the model of full weights too, which serves them.
+        compute_dtype: what 4-bit layers compute in: bfloat16, or float32 for the type of the weights. Others heed
+            autocast alone.
 
     Raises:
-        ModelError: the model cannot be found, there is no such device, or what follows a token changes its loss.
+        ModelError: the model cannot be found, there is no such device, bitsandbytes is missing or has no gradients
+            here, or what follows a token changes the model's loss.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"{name}: this process sees no CUDA GPU; set compute.gpus_per_worker=1, or compute.device=cpu")
+    settings, product_dtype = None, torch.float32
+    if quantization == "nf4":
+        if not is_bitsandbytes_available():
+            mend = "pip install 'gradientspace-ray[quantization]'"
+            raise ModelError(f"{name}: model.quantization nf4 needs bitsandbytes; {mend}")
+        product_dtype = as_dtype(compute_dtype if as_dtype(compute_dtype) != torch.float32 else dtype)
+        settings = nf4_settings(product_dtype)
     try:
-        model = _from_pretrained(name, dtype, SEGMENTED)
+        model = _from_pretrained(name, dtype, device, SEGMENTED, settings)
     except KeyError as error:
         # Older architectures look their attention up in a table of their own.
         if error.args != (SEGMENTED,):
             raise
-        model = _from_pretrained(name, dtype, PLAIN_ATTENTION)
-    model.to(torch.device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
+        model = _from_pretrained(name, dtype, device, PLAIN_ATTENTION, settings)
+    model.eval().requires_grad_(False)
     model.name_or_path = name
+    # Before anything runs. A model may be stored in 4 bits, too.
+    keep_differentiable(model)
     try:
-        check_packing(model)
-    except UnsupportedModelError as reason:
-        try:
-            set_attention(model, padded_attention(model))
-            check_padding(model)
-        except UnsupportedModelError as error:
-            raise ModelError(f"{name}: {error}; {OTHER_MODEL}") from error
-        log.warning("%s: read in padded batches: %s", name, reason)
+        _check_reading(model, product_dtype)
+        check_gradients(model)
+    except UnsupportedModelError as error:
+        raise ModelError(f"{name}: {error}") from error
     return model
 
 
-def _from_pretrained(name: str, dtype: str | torch.dtype, attention: str) -> PreTrainedModel:
+def _from_pretrained(
+    name: str, dtype: str | torch.dtype, device: torch.device, attention: str, settings: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    # An argument of None would hide how a model is stored that is quantised already.
+    quantised = {"quantization_config": settings} if settings else {}
     with without_progress_bars(), _explained(name):
         return AutoModelForCausalLM.from_pretrained(
-            resolve_model(name), dtype=as_dtype(dtype), attn_implementation=attention
+            resolve_model(name),
+            dtype=as_dtype(dtype),
+            attn_implementation=attention,
+            # Else weights of 4 bits go to whatever GPU there is, and others through this machine's memory.
+            device_map={"": device},
+            **quantised,
         )
+
+
+def _check_reading(model: PreTrainedModel, product_dtype: torch.dtype) -> None:
+    """Give a model that mixes the examples of a packed row an attention with which it reads padded batches."""
+    try:
+        check_packing(model, product_dtype)
+    except UnsupportedModelError as reason:
+        try:
+            set_attention(model, padded_attention(model))
+            check_padding(model, product_dtype)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}; {OTHER_MODEL}") from error
+        log.warning("%s: read in padded batches: %s", model.name_or_path, reason)
 
 
 def add_lora(
@@ -170,10 +217,14 @@ def add_lora(
 def _refuse_other_layers(adapted: PeftModel) -> None:
     """Refuse what PEFT adapts beside `nn.Linear` (GPT-2's Conv1D, embeddings): the serving engine cannot serve it."""
     for name, module in adapted.get_base_model().named_modules():
-        if isinstance(module, LoraLayer) and not isinstance(layer := module.get_base_layer(), nn.Linear):
+        if not isinstance(module, LoraLayer):
+            continue
+        # In 4 bits, all kinds of layers become linear ones; `source_cls` is what transformers found there.
+        kind = getattr(module.get_base_layer(), "source_cls", type(module.get_base_layer()))
+        if not issubclass(kind, nn.Linear):
             base = adapted.unload()
             raise ModelError(
-                f"{base.name_or_path}: {name} ({type(layer).__name__}) is not a linear layer, so its adapter could not "
+                f"{base.name_or_path}: {name} ({kind.__name__}) is not a linear layer, so its adapter could not "
                 f"be served; leave it out of lora.target_modules, or {OTHER_MODEL}"
             )
 
@@ -211,19 +262,26 @@ def load_adapter(
     return adapted.eval()
 
 
-def save_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+def save_adapter(
+    model: PeftModel,
+    folder: str | Path,
+    adapter_name: str = "default",
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write an adapter in PEFT's format, directly into `folder`: equal weights give equal bytes.
 
     Args:
         model: the adapted model.
         folder: made if missing.
         adapter_name: the adapter to save.
+        weights: what to write in place of the model's own, by the names in PEFT's files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if weights is None:
+        weights = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(weights.items())}
+    save_file(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = model.peft_config[adapter_name].to_dict() | {
         "inference_mode": True,
         "base_model_name_or_path": model.get_base_model().name_or_path,

@@ -183,9 +183,9 @@ class Extractor:
 
     @cached_property
     def _engine(self) -> PerSampleGradients:
-        recipe = self._recipe
-        settings, generalist = recipe.gradients, self._run.fetch("generalist")
-        base = load_base(recipe.model.name, recipe.model.dtype, recipe.compute.device)
+        settings, generalist = self._recipe.gradients, self._run.fetch("generalist")
+        model, device = self._recipe.model, self._recipe.compute.device
+        base = load_base(model.name, model.dtype, device, model.quantization, model.compute_dtype)
         return PerSampleGradients(
             load_adapter(base, generalist, trainable=True),
             labels=settings.labels,
@@ -194,7 +194,7 @@ class Extractor:
             preconditioner=settings.preconditioner,
             moments=load_moments(generalist) if settings.preconditioner != "none" else None,
             dtype=as_dtype(settings.dtype),
-            compute_dtype=as_dtype(recipe.model.compute_dtype),
+            compute_dtype=as_dtype(model.compute_dtype),
             checkpointing=settings.checkpointing,
             tokens_per_batch=settings.tokens_per_batch,
         )

@@ -26,6 +26,7 @@ from gradientspace_ray.report.page import (
     shorten,
 )
 from gradientspace_ray.report.projection import project
+from gradientspace_ray.report.training import how_it_went
 from gradientspace_ray.run import RunDirectory, Summary
 from gradientspace_ray.stages.progress import Bars
 
@@ -83,6 +84,7 @@ def report(recipe: Recipe, run: RunDirectory) -> Summary:
         map=drawn_map,
         clusters=cluster_cards(found.quality, found.names, found.examples, found.cluster_of, found.domains),
         worth=worth(found.quality, len(found.names)),
+        training=_training(run),
         matrix=_matrix(found),
         router=_router(run, found),
         spectrum=_spectrum(found),
@@ -239,6 +241,15 @@ def _map(recipe: Recipe, run: RunDirectory, found: Findings) -> Map | None:
         ),
         domains=tuple(Legend(name, colour(index), index) for index, name in enumerate(found.domains) if name),
     )
+
+
+def _training(run: RunDirectory) -> Section | None:
+    def record(folder: str) -> dict[str, Any] | None:
+        file = f"{folder}/training.json"
+        return run.read_json(file) if run.exists(file) else None
+
+    experts = [found for name in run.names("experts") if (found := record(f"experts/{name}"))]
+    return how_it_went(record(GENERALIST), experts, record(SINGLE_LORA))
 
 
 def _matrix(found: Findings) -> Section | None:

@@ -71,7 +71,8 @@ def _score_part(
     rows = run.read_table(f"examples/{split}.parquet", ["input_ids", "labels"]).take(part).to_pylist()
     total = len(rows) * (1 + len(folders))
     board.report.remote(line, 0, total, "loading")
-    model: Any = load_base(recipe.model.name, recipe.model.dtype, recipe.compute.device)
+    base, compute_dtype = recipe.model, as_dtype(recipe.model.compute_dtype)
+    model: Any = load_base(base.name, base.dtype, recipe.compute.device, base.quantization, compute_dtype)
     for name, folder in folders.items():
         model = load_adapter(model, run.fetch(folder), name)
     done = 0
@@ -82,7 +83,6 @@ def _score_part(
         board.report.remote(line, done, total)
 
     examples = [(row["input_ids"], row["labels"]) for row in rows]
-    compute_dtype = as_dtype(recipe.model.compute_dtype)
     return adapter_losses(
         model, [BASE, *folders], examples, recipe.evaluate.tokens_per_batch, compute_dtype, on_batch=count
     )
@@ -182,6 +182,6 @@ def _headline(scores: dict[str, Any]) -> str:
 def _adapter_folders(recipe: Recipe, run: RunDirectory) -> dict[str, str]:
     """Adapter -> its folder: the generalist, the single LoRA if this recipe trains it, the experts."""
     folders = {GENERALIST: "generalist"}
-    if recipe.experts.single_lora and run.exists("single_lora"):
+    if recipe.single_lora.train and run.exists("single_lora"):
         folders[SINGLE_LORA] = "single_lora"
     return folders | {expert.name: expert.folder for expert in trained_experts(run)}

@@ -1,70 +1,46 @@
-"""One worker's part of a finetune. The engine that averages gradients and updates weights is passed in.
+"""One worker's optimizer steps. The engine that averages gradients and updates weights is passed in.
 
 An optimizer step minimises the mean loss over all label tokens of its examples, whichever worker and whichever packed
 row they land in. Shapes: L label tokens of a packed row. Losses are in nats per label token.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
 
-from gradientspace_ray.examples.packing import IGNORED, Example, Packed, pack
-from gradientspace_ray.models.losses import label_nll
+from gradientspace_ray.examples.packing import IGNORED, Example, pack
+from gradientspace_ray.training.engine import Engine, TrainingError
 from gradientspace_ray.training.schedule import learning_rate, plan_rows
 
 
-class TrainingError(RuntimeError):
-    """A finetune that cannot go on, and would fail again in the same way; one line that names the place."""
+class Worker(NamedTuple):
+    """Which of the workers of a finetune this is; with several, `torch.distributed` is initialised."""
+
+    world_rank: int = 0
+    world_size: int = 1
 
 
-class Engine(Protocol):
-    """What the loop needs of a DeepSpeed engine built with `managed_gradient_accumulation` off."""
-
-    optimizer: Any
-    """Has `param_groups`."""
-
-    def __call__(self, packed: Packed) -> torch.Tensor:
-        """Losses [L] of a packed row's label tokens, by the wrapped `TokenLosses`."""
-        ...
-
-    def backward(self, loss: torch.Tensor) -> Any:
-        """Add the gradients of `loss` to those of the step."""
-        ...
-
-    def step(self) -> Any:
-        """Average the gradients over the workers, clip, update the weights, and clear the gradients."""
-        ...
-
-
-class TokenLosses(nn.Module):
-    """A language model as a function from a packed row to the losses of its label tokens.
-
-    The engine wraps this and not the model itself: the autocast of `compute_dtype` then lies inside of the engine,
-    which switches off one that it finds outside.
-    """
-
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.model = model
-        self.compute_dtype = compute_dtype
-
-    def forward(self, packed: Packed) -> torch.Tensor:
-        """[L] float32, see `models.losses.label_nll`."""
-        return label_nll(self.model, packed, self.compute_dtype)
+ALONE = Worker()
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a finetune did, over all workers."""
+class Step:
+    """What one optimizer step did, over all workers."""
 
-    losses: list[float]
-    """Mean loss of each step before its update, nats per label token."""
+    number: int
+    """From 1."""
+    total: int
+    loss: float
+    """Mean before the update."""
+    learning_rate: float
+    grad_norm: float | None
+    """Before clipping."""
     tokens: int
-    """Tokens seen, prompts included."""
+    """Seen, prompts included."""
 
 
 def train(
@@ -75,53 +51,72 @@ def train(
     peak: float,
     warmup_share: float,
     tokens_per_batch: int,
-    world_rank: int = 0,
-    world_size: int = 1,
-    on_step: Callable[[int, int, float], None] | None = None,
-) -> Outcome:
-    """Run all optimizer steps of a finetune.
+    worker: Worker = ALONE,
+    first: int = 0,
+    seed: Sequence[int] = (0,),
+) -> Iterator[Step]:
+    """Make the optimizer steps of a finetune one by one; whoever takes them stops by taking no more.
 
     Args:
-        engine: see `Engine`; with several workers, `torch.distributed` is initialised.
+        engine: see `Engine`.
         examples: all examples, the same on every worker.
         steps: the plan, from `plan_steps`, the same on every worker.
         peak: highest learning rate.
         warmup_share: see `learning_rate`.
         tokens_per_batch: tokens in one packed row.
-        world_rank: this worker.
-        world_size: number of workers.
-        on_step: called after each step with (steps done, all steps, loss).
+        worker: this one.
+        first: steps that were made before, by the engine as it is; 0 begins.
+        seed: each step draws what a model draws at random from this and from its number, so that one who begins
+            amidst the steps draws the same.
 
     Raises:
-        TrainingError: the loss of a step is not finite; its update is not made.
+        TrainingError: the loss of a step is not finite, or it has no labels; its update is not made.
     """
     lengths = [len(input_ids) for input_ids, _ in examples]
-    # The first token of an example predicts nothing before it, so its label never counts.
-    label_tokens = [sum(label != IGNORED for label in labels[1:]) for _, labels in examples]
-    losses: list[float] = []
-    for index, step_examples in enumerate(steps):
+    label_tokens = [_label_count(labels) for _, labels in examples]
+    for index in range(first, len(steps)):
         rate = learning_rate(index, len(steps), peak, warmup_share)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        total = sum(label_tokens[i] for i in step_examples)
+        torch.manual_seed(int(np.random.SeedSequence([*seed, index, worker.world_rank]).generate_state(1)[0]))
+        total = sum(label_tokens[i] for i in steps[index])
         if total == 0:
             raise TrainingError(f"step {index + 1} has no label tokens; run the prepare stage again")
-        rows = plan_rows(step_examples, lengths, tokens_per_batch, world_rank, world_size)
+        rows = plan_rows(steps[index], lengths, tokens_per_batch, worker.world_rank, worker.world_size)
         # Engines average the gradients over the workers; the loss is a mean over the label tokens of all of them.
-        nll_sum = _accumulate(engine, examples, rows, world_size / total)
-        if world_size > 1:
-            torch.distributed.all_reduce(nll_sum)
-        loss = float(nll_sum) / total
+        nll_sum = _accumulate(engine, examples, rows, worker.world_size / total)
+        loss = _summed(nll_sum, worker) / total
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {index + 1} of {len(steps)} (learning rate {rate:.2g}); "
                 "give a lower learning_rate"
             )
-        engine.step()
-        losses.append(loss)
-        if on_step:
-            on_step(index + 1, len(steps), loss)
-    return Outcome(losses, sum(lengths[i] for step_examples in steps for i in step_examples))
+        norm = engine.step()
+        yield Step(index + 1, len(steps), loss, rate, norm, sum(lengths[i] for i in steps[index]))
+
+
+def heldout_loss(engine: Engine, examples: Sequence[Example], tokens_per_batch: int, worker: Worker = ALONE) -> float:
+    """Mean loss over all label tokens of examples that are not trained on; all workers call it."""
+    lengths = [len(input_ids) for input_ids, _ in examples]
+    rows = plan_rows(range(len(examples)), lengths, tokens_per_batch, worker.world_rank, worker.world_size)
+    nll_sum = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for indices, counts in rows:
+            row_nll = engine(pack([examples[i] for i in indices])).sum().double()
+            nll_sum = nll_sum.to(row_nll.device) + row_nll * float(counts)
+    total = sum(_label_count(labels) for _, labels in examples)
+    return _summed(nll_sum, worker) / total
+
+
+def _label_count(labels: Sequence[int]) -> int:
+    # The first token of an example predicts nothing before it, so its label never counts.
+    return sum(label != IGNORED for label in labels[1:])
+
+
+def _summed(nll_sum: torch.Tensor, worker: Worker) -> float:
+    if worker.world_size > 1:
+        torch.distributed.all_reduce(nll_sum)
+    return float(nll_sum)
 
 
 def _accumulate(

@@ -3,6 +3,7 @@
 Everything here is a pure function of its arguments, so that every worker makes the same plan by itself.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -59,6 +60,34 @@ def plan_steps(count: int, examples_per_step: int, epochs: float, seed: int | Se
         remaining -= len(order)
         epoch += 1
     return steps
+
+
+def step_size(count: int, epochs: float, examples_per_step: int, min_steps: int) -> int:
+    """Examples in one step of a finetune on `count` of them: as given, or fewer where that makes too few steps."""
+    return max(1, min(examples_per_step, math.floor(count * epochs / max(1, min_steps))))
+
+
+def heldout_part(groups: Sequence[str], share: float, seed: int) -> list[int]:
+    """Examples to hold out of a finetune: whole groups, in the order of a seeded hash, until the share is reached.
+
+    Args:
+        groups: group of each example; equal ones are not parted.
+        share: share of the examples; the last group is left out of it where that is nearer.
+        seed: decides which.
+
+    Returns:
+        Indices, ascending; none where there is but one group, and never all.
+    """
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    order = sorted(members, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    wanted, held = share * len(groups), list[int]()
+    for group in order[:-1]:
+        if len(held) + len(members[group]) / 2 > wanted:
+            break
+        held += members[group]
+    return sorted(held)
 
 
 def plan_rows(

@@ -1,0 +1,172 @@
+"""Several finetunes at once: each is a Ray Train run of its own, held by a small launcher task.
+
+One that fails leaves the others alone, and Ctrl-C ends them all. What is committed carries a key, the digest of
+everything that decides it: a run that starts again trains only what is missing, each from its last checkpoint.
+"""
+
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from gradientspace_ray.errors import one_line
+from gradientspace_ray.recipe import Recipe
+from gradientspace_ray.registry import committed_digest
+from gradientspace_ray.run import RunDirectory, RunError
+from gradientspace_ray.stages.finetune_worker import CHECKPOINTS, EXPERTS, Finetune, work
+from gradientspace_ray.stages.progress import on_this_node, watched_board
+from gradientspace_ray.training import checkpoints
+from gradientspace_ray.training.engine import TrainingError
+
+SCRATCH, FAILURES = ".staging/train", "failures"
+STOP_TIMEOUT_S = 15.0
+LAUNCHER_ENV = {
+    # The controller asks its workers for news this often; the default of two seconds is long beside a short finetune.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A recipe may name local files relative to where the driver was started.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+def train_missing(
+    recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune], concurrent: int
+) -> dict[str, checkpoints.Committed]:
+    """Train every finetune whose adapter is not committed yet. Returns all of them, by name.
+
+    Raises:
+        TrainingError: a finetune failed; the others are committed.
+    """
+    made = {finetune.name: committed(run, finetune) for finetune in finetunes}
+    missing = [finetune for finetune in finetunes if made[finetune.name] is None]
+    missing.sort(key=lambda finetune: finetune.tokens, reverse=True)
+    kept = {finetune.checkpoints for finetune in missing}
+    run.delete(FAILURES, *({f"{CHECKPOINTS}/{name}" for name in run.names(CHECKPOINTS)} - kept))
+    failures = _run_bounded(recipe, run, missing, concurrent) if missing else {}
+    run.delete(SCRATCH)
+    if failures:
+        listed = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+        raise TrainingError(
+            f"{len(failures)} of {len(finetunes)} finetunes failed ({listed}; tracebacks in {run.path(FAILURES)}); "
+            f"mend that, then: gradientspace resume {run.uri}"
+        )
+    run.delete(CHECKPOINTS)
+    made |= {finetune.name: committed(run, finetune) for finetune in missing}
+    lost = [name for name, adapter in made.items() if adapter is None]
+    if lost:
+        raise TrainingError(f"{run.path()}: {', '.join(lost)} was trained but is not there; run again")
+    return {name: adapter for name, adapter in made.items() if adapter}
+
+
+def committed(run: RunDirectory, finetune: Finetune) -> checkpoints.Committed | None:
+    """The adapter of this finetune, if one with its key is there and whole."""
+    folders = [finetune.name]
+    if finetune.cluster is not None:
+        folders = [f"{EXPERTS}/{name}" for name in run.names(EXPERTS) if name.rpartition("@")[0] == finetune.name]
+    for folder in folders:
+        try:
+            record = run.read_model(f"{folder}/{checkpoints.RECORD_FILE}", checkpoints.TrainingRecord)
+            if record.key != finetune.key:
+                continue
+            digest = committed_digest(run, folder)
+        except RunError:
+            # Missing or damaged, as a worker leaves it that is killed on the way: it is trained again.
+            continue
+        if finetune.cluster is None or folder == f"{EXPERTS}/{finetune.name}@{digest}":
+            return checkpoints.Committed(folder, digest, record)
+    return None
+
+
+def _run_bounded(recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune], concurrent: int) -> dict[str, str]:
+    """Run finetunes in this order, at most `concurrent` at once. Returns the reasons of those that failed, by name."""
+    # Ray Train's watchdog asks the State API whether its controller lives, and without this address it asks the newest
+    # Ray on the machine: when that is another one, it hears of no such controller and kills the workers.
+    environment = LAUNCHER_ENV | {"RAY_API_SERVER_ADDRESS": ray.get_runtime_context().gcs_address}
+    # Beside the driver, a launcher and its controller die with it, and with no other machine.
+    launch = _launch.options(runtime_env={"env_vars": environment}, scheduling_strategy=on_this_node())
+    waiting = list(finetunes)
+    running: dict[Any, Finetune] = {}
+    failures: dict[str, str] = {}
+    with watched_board() as board:
+        for finetune in finetunes:
+            board.report.remote(finetune.name, 0, finetune.steps, "waiting")
+        try:
+            while waiting or running:
+                while waiting and len(running) < concurrent:
+                    finetune = waiting.pop(0)
+                    running[launch.remote(recipe, run.uri, finetune, board)] = finetune
+                done = ray.wait(list(running), num_returns=1)[0][0]
+                finetune = running.pop(done)
+                failure = _outcome(done)
+                if failure:
+                    failures[finetune.name] = failure
+                    board.report.remote(finetune.name, 0, finetune.steps, f"failed: {failure}")
+        finally:
+            # Only Ctrl-C or an error leaves any.
+            _stop(list(running))
+    return failures
+
+
+def _outcome(launcher: Any) -> str | None:
+    try:
+        return ray.get(launcher)
+    except ray.exceptions.RayError as error:
+        return one_line(error)
+
+
+def _stop(launchers: list[Any]) -> None:
+    """End launchers with their trainers, workers and reservations."""
+    for launcher in launchers:
+        # As Ctrl-C in the launcher: it aborts its trainer, which frees what it holds.
+        ray.cancel(launcher, recursive=False)
+    left = ray.wait(launchers, num_returns=len(launchers), timeout=STOP_TIMEOUT_S)[1] if launchers else []
+    for launcher in left:
+        ray.cancel(launcher, force=True)
+
+
+# The type checker reads ray.train's old interface: the three ignored lines are of the new one, which runs.
+@ray.remote(num_cpus=0, max_retries=0)
+def _launch(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any) -> str | None:
+    """Hold one Ray Train run until it ends. Returns the reason in one line if it failed."""
+    run = RunDirectory(run_uri)
+    compute = recipe.compute
+    on_gpu = compute.device == "cuda"
+    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
+    trainer = TorchTrainer(
+        work,  # type: ignore[arg-type]
+        # Plain values: the controller reads them too, and need not import what the workers do.
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "run": run_uri,
+            "finetune": finetune.model_dump(mode="json"),
+            "board": board,
+        },
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=finetune.settings.workers, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]
+            name=f"{recipe.name}-{finetune.name}-{finetune.key}",
+            storage_path=run.uri_of(SCRATCH),
+            failure_config=FailureConfig(max_failures=compute.retries),
+            worker_runtime_env={"env_vars": {"DS_ACCELERATOR": compute.device}},
+        ),
+    )
+    try:
+        failure = trainer.fit().return_value  # type: ignore[attr-defined]
+    except ray.train.TrainingFailedError as error:
+        run.write_bytes(f"{FAILURES}/{finetune.name}.log", traceback.format_exc().encode())
+        return _reason(error)
+    if failure:
+        run.write_bytes(f"{FAILURES}/{finetune.name}.log", failure["traceback"].encode())
+        return failure["reason"]
+    return None
+
+
+def _reason(error: ray.train.TrainingFailedError) -> str:
+    """What the first failed worker said last, in one line."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    return one_line(next(iter(failures.values())))
