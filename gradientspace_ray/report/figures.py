@@ -4,13 +4,17 @@ Every text that comes from data is escaped here. A `data-tip` attribute is what 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 
+from gradientspace_ray.report.page import shorten
+
 WIDTH = 720
+CURVE_POINTS, CURVE_HITS, DOT_PX = 240, 30, 6
+"""Most places of one curve that are drawn, and that answer the pointer; the room that a dot of it needs."""
 PALETTE_SIZE = 12
 LEFT_OUT = -1
 """Group of a dot that belongs to none."""
@@ -42,6 +46,20 @@ class Cell:
     """-1 (good) to 1 (bad); the cell's colour, 0 is none."""
     strong: bool = False
     tip: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of one finetune."""
+
+    name: str
+    colour: str
+    losses: Sequence[float]
+    """Of each step, at least one."""
+    heldout: Sequence[tuple[int, float]] = ()
+    """(steps done, loss)."""
+    kept: int | None = None
+    """Steps done by the weights that were kept, one of those in `heldout`; None where they are the last."""
 
 
 def colour(index: int) -> str:
@@ -218,6 +236,128 @@ def bars(rows: Sequence[tuple[str, float, str]], label: str) -> str:
         )
         parts.append(f'<text class="value" x="{left + long + 10:.1f}" y="{middle:.1f}">{escape(text)}</text>')
     return _svg(ROW_PX * len(rows) + 8, label, "".join(parts))
+
+
+def smoothed(losses_S: Sequence[float]) -> np.ndarray:
+    """Mean of the losses around each step, [S]: of a tenth of all steps, at both ends of those that are there."""
+    count, half = len(losses_S), len(losses_S) // 20
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(losses_S, dtype=np.float64))])
+    low = np.maximum(np.arange(count) - half, 0)
+    high = np.minimum(np.arange(count) + half + 1, count)
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def curves(panels: Sequence[Curve], label: str) -> str:
+    """A panel for each finetune: every step faint, their moving average strong, the held-out losses in the text's ink.
+
+    The panels share the loss's axis, so that levels compare; each has its own steps, so that the shape of a short
+    finetune is seen as well as that of a long one. The loss's axis leaves out the far ends of single steps.
+    """
+    columns = next(columns for columns, most in ((1, 1), (2, 4), (3, 9), (4, len(panels))) if len(panels) <= most)
+    left, right, gap, head, foot = 46, 8, 24, 46, 34
+    wide, tall = (WIDTH - left - right - gap * (columns - 1)) / columns, (200, 150, 110, 96)[columns - 1]
+    ends = [end for panel in panels for end in _loss_ends(panel)]
+    pad = _span(min(ends), max(ends)) * 0.06
+    low, high = min(ends) - pad, max(ends) + pad
+    parts = []
+    for index, panel in enumerate(panels):
+        x, y = left + index % columns * (wide + gap), index // columns * (head + tall + foot) + head
+        for tick in _ticks(low, high, 4):
+            at = y + tall * (high - tick) / (high - low)
+            parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x + wide:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            if index % columns == 0:
+                parts.append(f'<text class="muted end" x="{x - 6:.1f}" y="{at + 4:.1f}">{_number(tick)}</text>')
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x + wide:.1f}" y1="{y + tall}" y2="{y + tall}"/>')
+        parts.append(_curve(panel, (x, y, wide, tall), (low, high)))
+    return _svg(math.ceil(len(panels) / columns) * (head + tall + foot), label, "".join(parts))
+
+
+def _loss_ends(panel: Curve) -> list[float]:
+    """Losses that the axis must reach."""
+    mean_S = smoothed(panel.losses)
+    single = np.quantile(panel.losses, [0.02, 0.98]).tolist()
+    return [float(mean_S.min()), float(mean_S.max()), *single, *(loss for _, loss in panel.heldout)]
+
+
+def _curve(panel: Curve, box: tuple[float, float, float, float], axis: tuple[float, float]) -> str:
+    """One panel in its box (x, y, width, height), its loss within the axis's ends."""
+    (x, y, wide, tall), (low, high) = box, axis
+    steps = len(panel.losses)
+    first = min([1, *(step for step, _ in panel.heldout)])
+
+    def point(step: float, loss: float) -> tuple[float, float]:
+        across = x + wide * ((step - first) / (steps - first) if steps > first else 0.5)
+        return across, y + tall * (high - min(max(loss, low), high)) / (high - low)
+
+    def line(kind: str, places: Iterable[tuple[float, float]]) -> str:
+        return f'<polyline class="{kind}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in places)}"/>'
+
+    mean_S = smoothed(panel.losses)
+    name = shorten(panel.name, int(wide / CHARACTER_PX))
+    parts = [
+        f'<text class="title" x="{x:.1f}" y="{y - 26:.1f}" data-tip="{escape(panel.name)}">{escape(name)}</text>',
+        f'<text class="muted" x="{x:.1f}" y="{y - 10:.1f}">{mean_S[0]:.3f} → {mean_S[-1]:.3f}</text>',
+        f'<text class="muted" x="{x:.1f}" y="{y + tall + 16:.1f}">{first}</text>',
+        f'<text class="muted end" x="{x + wide:.1f}" y="{y + tall + 16:.1f}">'
+        f"{steps:,} step{'' if steps == 1 else 's'}</text>",
+    ]
+    if steps * DOT_PX > wide:
+        parts.append(line("raw", (point(i + 1, panel.losses[i]) for i in _thinned(panel.losses, CURVE_POINTS))))
+    else:
+        dots = (point(step, loss) for step, loss in enumerate(panel.losses, start=1))
+        parts += [f'<circle class="raw" cx="{a:.1f}" cy="{b:.1f}" r="2.4"/>' for a, b in dots]
+    shown = np.unique(np.linspace(0, steps - 1, CURVE_POINTS).round().astype(int)).tolist()
+    parts.append(line("mean", (point(i + 1, mean_S[i]) for i in shown)))
+    for some in np.array_split(np.arange(steps), min(steps, CURVE_HITS)):
+        (start, _), (end, _) = point(some[0] + 0.5, low), point(some[-1] + 1.5, low)
+        what = f"step {some[0] + 1:,}" if len(some) == 1 else f"steps {some[0] + 1:,} to {some[-1] + 1:,}"
+        tip = f"{panel.name}, {what}: loss {np.mean([panel.losses[i] for i in some]):.4f}"
+        parts.append(
+            f'<rect class="hit" x="{max(start, x):.1f}" y="{y}" width="{min(end, x + wide) - max(start, x):.1f}"'
+            f' height="{tall}" data-tip="{escape(tip)}"/>'
+        )
+    return f'<g class="curve" style="--a:{panel.colour}">{"".join(parts)}{_heldout(panel, wide, point, line)}</g>'
+
+
+def _heldout(
+    panel: Curve,
+    wide: float,
+    point: Callable[[float, float], tuple[float, float]],
+    line: Callable[[str, Iterable[tuple[float, float]]], str],
+) -> str:
+    """The held-out losses of a panel; the one of the weights that were kept has a ring and its number."""
+    if not panel.heldout:
+        return ""
+    chosen = _thinned([loss for _, loss in panel.heldout], CURVE_POINTS)
+    parts = [line("heldout", (point(*panel.heldout[i]) for i in chosen))]
+    kept = len(panel.losses) if panel.kept is None else panel.kept
+    for step, loss in panel.heldout:
+        across, down = point(step, loss)
+        tip = f'data-tip="{escape(panel.name)}, after {step:,} steps: held-out loss {loss:.4f}'
+        if step == kept:
+            late = step > 0.6 * len(panel.losses)
+            parts.append(f'<circle class="kept" cx="{across:.1f}" cy="{down:.1f}" r="4.5" {tip}, kept"/>')
+            parts.append(
+                f'<text class="halo{" end" if late else ""}" x="{across + (-7 if late else 7):.1f}"'
+                f' y="{down - 7:.1f}">{loss:.3f}</text>'
+            )
+        elif len(panel.heldout) * DOT_PX <= wide:
+            parts.append(f'<circle class="heldout" cx="{across:.1f}" cy="{down:.1f}" r="2.2" {tip}"/>')
+    return "".join(parts)
+
+
+def _thinned(values: Sequence[float], most: int) -> list[int]:
+    """Places of at most so many values, in order: all, or the lowest and the highest of each of equal parts."""
+    if len(values) <= most:
+        return list(range(len(values)))
+    parts = np.array_split(np.asarray(values), most // 2)
+    starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
+    found = {
+        int(start + place)
+        for start, part in zip(starts, parts, strict=True)
+        for place in (part.argmin(), part.argmax())
+    }
+    return sorted(found)
 
 
 def _svg(height: float, label: str, content: str, kind: str = "") -> str:

@@ -68,14 +68,24 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Texts under headings; the first of a row names it."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Section:
-    """A part of the page that shows facts side by side, and figures one below the other."""
+    """A part of the page that shows facts side by side, and figures one below the other, then a table."""
 
     anchor: str
     title: str
     text: str = ""
     figures: tuple[Figure, ...] = ()
     facts: tuple[Headline, ...] = ()
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class Page:
     spectrum: Section | None = None
     clusters: tuple[ClusterCard, ...] = ()
     worth: Section | None = None
+    training: Section | None = None
     matrix: Section | None = None
     router: Section | None = None
     stages: Section | None = None

@@ -169,31 +169,40 @@ def configuration(settings: TrainingSection, section: str) -> dict[str, Any]:
         "gradient_clipping": settings.max_grad_norm,
         "zero_optimization": zero,
     }
-    given = _without_auto(settings.deepspeed)
-    own = dict(_leaves(decided))
+    given = _asked(settings.deepspeed)
+    # Where the loop counts the passes, DeepSpeed overlaps from ZeRO 2 on.
+    owners = OWNERS if settings.zero_stage >= 2 else {**OWNERS, "zero_optimization.overlap_comm": "zero_stage"}
     conflicts = [
         f"{path} is decided by {key if '.' in key else f'{section}.{key}'}"
-        for path, value in _leaves(given)
-        if (key := _owner(path)) and value not in ((own[path],) if path in own else NEUTRAL)
+        for path, key in _conflicts(given, dict(_leaves(decided)), owners)
     ]
     if conflicts:
         raise RecipeError(f"{section}.deepspeed: {', and '.join(conflicts)}; leave it out there")
     return _merged(_merged(DEFAULTS, given), decided)
 
 
-def _owner(path: str) -> str | None:
-    """The recipe's key that decides a dotted path of DeepSpeed's configuration."""
-    return next((key for owned, key in OWNERS.items() if f"{path}.".startswith(f"{owned}.")), None)
+def _conflicts(given: dict[str, Any], own: dict[str, Any], owners: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(dotted path, the recipe's key that decides it) of what is given otherwise than decided."""
+    for path, value in _leaves(given):
+        # A value where a section belongs is above what is owned.
+        keys = [key for name, key in owners.items() if f"{path}.".startswith(f"{name}.") or name.startswith(f"{path}.")]
+        if path in own:
+            allowed: tuple[Any, ...] = (own[path],)
+        else:
+            allowed = () if any(name.startswith(f"{path}.") for name in own) else NEUTRAL
+        if keys and value not in allowed:
+            yield path, keys[0]
 
 
-def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
-    pruned = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    return {key: value for key, value in pruned.items() if value != AUTO}
+def _asked(tree: dict[str, Any]) -> dict[str, Any]:
+    """What a tree asks for: neither `auto`, nor what is empty without it."""
+    pruned = {key: _asked(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    return {key: value for key, value in pruned.items() if value not in (AUTO, {})}
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from _leaves(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
@@ -201,5 +210,5 @@ def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """Both trees in one; where they meet, the second one's value."""
-    both = {key: _merged(low[key], high[key]) for key in low.keys() & high.keys() if isinstance(low[key], dict)}
-    return {**low, **high, **both}
+    both = [key for key in low.keys() & high.keys() if isinstance(low[key], dict) and isinstance(high[key], dict)]
+    return {**low, **high, **{key: _merged(low[key], high[key]) for key in both}}

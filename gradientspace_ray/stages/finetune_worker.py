@@ -6,7 +6,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from gradientspace_ray.models.checkpointing import activation_checkpointing
 from gradientspace_ray.models.reading import is_out_of_memory
 from gradientspace_ray.recipe import Recipe, TrainingSection, parse_recipe
 from gradientspace_ray.registry import adapter_digest
-from gradientspace_ray.run import RunDirectory, RunError
+from gradientspace_ray.run import RunDirectory, RunError, digest_of
 from gradientspace_ray.stages.deepspeed_engine import DeepSpeedEngine
 from gradientspace_ray.training import checkpoints
 from gradientspace_ray.training.engine import TrainingError, set_weights
@@ -275,22 +275,20 @@ def _observed(
     folder = f"{EVENTS}/{plan.name}"
     if not start_step:
         run.delete(folder)
-    with ExitStack() as stack:
-        events = Path(run.path(folder) if run.is_local else stack.enter_context(tempfile.TemporaryDirectory()))
-        settings = plan.settings.model_dump(mode="json")
-        tell = stack.enter_context(
-            trackers(
-                recipe.trackers,
-                folder=events,
-                run_name=recipe.name,
-                finetune=plan.name,
-                key=plan.key,
-                settings=settings,
-                start_step=start_step,
-            )
-        )
-        observer = _Observer(run, plan, board, events, tell)
-        yield observer
+    with tempfile.TemporaryDirectory(prefix="gradientspace-") as scratch:
+        events = Path(run.path(folder) if run.is_local else scratch)
+        with trackers(
+            recipe.trackers,
+            folder=events,
+            run_name=recipe.name,
+            finetune=plan.name,
+            # One recipe may have two run directories, whose curves are not one.
+            key=digest_of([run.uri, plan.key]),
+            settings=plan.settings.model_dump(mode="json"),
+            start_step=start_step,
+        ) as tell:
+            observer = _Observer(run, plan, board, events, tell)
+            yield observer
         observer.put_events()
 
 

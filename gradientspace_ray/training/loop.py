@@ -96,7 +96,14 @@ def train(
 
 
 def heldout_loss(engine: Engine, examples: Sequence[Example], tokens_per_batch: int, worker: Worker = ALONE) -> float:
-    """Mean loss over all label tokens of examples that are not trained on; all workers call it."""
+    """Mean loss over all label tokens of examples that are not trained on; all workers call it.
+
+    Raises:
+        TrainingError: they have no labels, or the loss is not finite.
+    """
+    total = sum(_label_count(labels) for _, labels in examples)
+    if total == 0:
+        raise TrainingError("the held-out part has no label tokens; give another heldout_share, or 0")
     lengths = [len(input_ids) for input_ids, _ in examples]
     rows = plan_rows(range(len(examples)), lengths, tokens_per_batch, worker.world_rank, worker.world_size)
     nll_sum = torch.zeros((), dtype=torch.float64)
@@ -104,8 +111,10 @@ def heldout_loss(engine: Engine, examples: Sequence[Example], tokens_per_batch: 
         for indices, counts in rows:
             row_nll = engine(pack([examples[i] for i in indices])).sum().double()
             nll_sum = nll_sum.to(row_nll.device) + row_nll * float(counts)
-    total = sum(_label_count(labels) for _, labels in examples)
-    return _summed(nll_sum, worker) / total
+    loss = _summed(nll_sum, worker) / total
+    if not math.isfinite(loss):
+        raise TrainingError(f"the held-out loss is {loss}; give a lower learning_rate")
+    return loss
 
 
 def _label_count(labels: Sequence[int]) -> int:
