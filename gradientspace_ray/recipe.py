@@ -67,7 +67,8 @@ class DataSection(Section):
 class LoraSection(Section):
     """Shape of every adapter of the run."""
 
-    rank: Positive = 8
+    rank: Annotated[int, Field(ge=1, le=512)] = 8
+    """vLLM must be told by `max_lora_rank` of one above 16."""
     alpha: Annotated[float, Field(gt=0)] = 16
     target_modules: str | tuple[str, ...] = "all-linear"
 
@@ -222,8 +223,7 @@ class ClustersSection(Section):
     outliers: Literal["assign", "leave_out"] = "assign"
     """Examples unlike all others go to the nearest cluster, or to none, so that no expert trains on them."""
     search: Literal["exact", "faiss"] = "exact"
-    """What finds the neighbours that make the clusters of `graph`: scikit-learn, or FAISS, which the extra `[faiss]`
-    installs; the same ones up to rounding."""
+    """Finds the neighbours of `graph`: scikit-learn, or FAISS (extra `[faiss]`), the same ones up to rounding."""
 
 
 class RouterSection(Section):

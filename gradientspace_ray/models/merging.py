@@ -45,5 +45,5 @@ def _refuse_shared_weights(adapted: PeftModel, adapter_folder: Path) -> None:
         if isinstance(module, LoraLayer) and places[id(module.get_base_layer().weight)] > 1:
             raise ModelError(
                 f"{adapter_folder}: adapts {name}, whose weight another layer shares, which cannot be merged; leave "
-                " it out of lora.target_modules, or set experts.merge=false"
+                "it out of lora.target_modules, or set experts.merge=false"
             )

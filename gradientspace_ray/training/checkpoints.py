@@ -56,7 +56,7 @@ class Committed(NamedTuple):
 
 def load(model: ModelSection, lora: LoraSection, seed: int, start: Path | None, device: torch.device) -> PeftModel:
     """The base model with the adapter to train: a fresh one, or, continued, that of the PEFT folder `start`."""
-    base = load_base(model.name, model.dtype, device, model.quantization)
+    base = load_base(model.name, model.dtype, device, model.quantization, model.compute_dtype)
     if start:
         return load_adapter(base, start, trainable=True)
     return add_lora(base, lora.rank, lora.alpha, lora.target_modules, seed)
