@@ -2,6 +2,7 @@
 # make benchmark-gradients: the per-sample gradients timed beside those of other libraries, about ten minutes.
 # make benchmark-sketch: the online SVD beside the exact one and others; "--simulate" merges made-up sketches of a large run.
 # make benchmark-clusters: which features and methods find the skills of a mixture; "--planted" clusters made-up gradients.
+# make benchmark-experts: the trainer beside others, and experts at once; "--study" measures what experts are worth.
 # make peers: only installs these libraries, into an environment of their own.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ RUN_DIR ?= runs/quickstart
 BENCHMARKS ?= runs/benchmarks
 BENCHMARK_OPTIONS ?=
 
-.PHONY: setup demo test lint peers benchmark-gradients benchmark-sketch benchmark-clusters clean
+.PHONY: setup demo test lint peers benchmark-gradients benchmark-sketch benchmark-clusters benchmark-experts clean
 
 setup: $(VENV)/installed
 
@@ -58,6 +59,9 @@ benchmark-sketch: setup
 
 benchmark-clusters: setup
 	$(BIN)/python jobs/benchmarks/clusters.py --json $(BENCHMARKS)/clusters.json $(BENCHMARK_OPTIONS)
+
+benchmark-experts: peers
+	$(PEERS)/bin/python jobs/benchmarks/experts.py --json $(BENCHMARKS)/experts.json $(BENCHMARK_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) runs

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from reference_training import adamw, assert_moments_are, random_examples, tiny_adapted_model
+from reference_training import assert_moments_are, random_examples, tiny_adapted_model
 from safetensors.torch import load_file, save_file
 
 from gradientspace_ray.gradients.per_sample import PerSampleGradients
@@ -12,8 +12,9 @@ from gradientspace_ray.gradients.preconditioner import Preconditioner
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.moments import MOMENTS_FILE, AdamMoments, MomentsError, load_moments, save_moments
 from gradientspace_ray.registry import adapter_digest
-from gradientspace_ray.training.checkpoints import TrainingRecord, gather_moments, save
-from gradientspace_ray.training.loop import TokenLosses, train
+from gradientspace_ray.training.checkpoints import TrainingRecord, save
+from gradientspace_ray.training.engine import PlainEngine
+from gradientspace_ray.training.loop import train
 
 NAMES = ("layers.0.q_proj.lora_A.weight", "layers.0.q_proj.lora_B.weight", "layers.1.q_proj.lora_A.weight")
 SETTINGS = {"step": 7, "betas": [0.9, 0.999], "eps": 1e-8}
@@ -26,35 +27,15 @@ def random_moments(names=NAMES, seed=0):
     return AdamMoments(first, {name: v.square() for name, v in second.items()}, 7, (0.9, 0.95), 1e-7)
 
 
-class Engine:
-    """The least that the loop can train on."""
-
-    def __init__(self, model):
-        self.module, self.optimizer = TokenLosses(model), adamw(model)
-
-    def __call__(self, packed):
-        return self.module(packed)
-
-    def backward(self, loss):
-        loss.backward()
-
-    def step(self):
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
 @pytest.fixture(scope="module")
 def trained():
-    """A model after three steps of AdamW, and that optimizer."""
+    """A model and its engine after three steps."""
     model = tiny_adapted_model()
     model.set_attn_implementation(SEGMENTED)
-    engine = Engine(model)
-    train(engine, random_examples(6), [[0, 1], [2, 3], [4, 5]], peak=1e-2, warmup_share=0, tokens_per_batch=200)
-    return model, engine.optimizer
-
-
-def held_by_the_optimizer(weight, key):
-    return None
+    engine = PlainEngine(model)
+    steps = [[0, 1], [2, 3], [4, 5]]
+    list(train(engine, random_examples(6), steps, peak=1e-2, warmup_share=0, tokens_per_batch=200))
+    return model, engine
 
 
 def test_moments_come_back_as_they_were(tmp_path):
@@ -80,29 +61,22 @@ def test_equal_moments_give_equal_bytes(tmp_path):
     assert len(contents) == 1
 
 
-def test_gathered_moments_are_the_optimizers_under_the_names_of_the_gradients_columns(trained, tmp_path):
-    model, optimizer = trained
-    moments = gather_moments(model, optimizer, held_by_the_optimizer)
-    assert_moments_are(moments, model, optimizer)
+def test_moments_are_the_optimizers_under_the_names_of_the_gradients_columns(trained):
+    model, engine = trained
+    moments = engine.moments()
+    assert_moments_are(moments, model, engine.optimizer)
     assert moments.step == 3
     columns = PerSampleGradients(model).columns
     assert set(moments.first) == {name for name, _, _ in columns}
     Preconditioner("adam", moments, columns)
 
 
-def test_what_the_engine_holds_wins_over_what_the_optimizer_holds(trained):
-    model, optimizer = trained
-    part = gather_moments(model, optimizer, lambda weight, key: torch.full(weight.shape, float(len(key))))
-    assert all(bool((tensor == len("exp_avg")).all()) for tensor in part.first.values())
-    assert all(bool((tensor == len("exp_avg_sq")).all()) for tensor in part.second.values())
-
-
 def test_moments_beside_an_adapter_leave_its_digest_alone(trained, tmp_path):
-    model, optimizer = trained
+    model, engine = trained
     made = {"key": "0", "name": "x", "examples": 1, "tokens": 1, "steps": 3, "seconds": 0, "workers": 1}
     record = TrainingRecord(**made, zero_stage=0, losses=[1.0])
-    save(model, record, tmp_path / "without")
-    save(model, record, tmp_path / "with", gather_moments(model, optimizer, held_by_the_optimizer))
+    save(model, engine.weights(), record, tmp_path / "without")
+    save(model, engine.weights(), record, tmp_path / "with", engine.moments())
     assert not (tmp_path / "without" / MOMENTS_FILE).exists()
     assert load_moments(tmp_path / "with").step == 3
     assert adapter_digest(tmp_path / "with") == adapter_digest(tmp_path / "without")

@@ -80,6 +80,9 @@ class DeepSpeedEngine:
     def __call__(self, packed: Packed) -> torch.Tensor:
         """See `Engine`."""
         losses: torch.Tensor = self.deepspeed(packed)
+        if self.zero_stage == 3 and not torch.is_grad_enabled():
+            # It has kept, and is fetching, weights for a backward pass that does not come.
+            self.deepspeed.optimizer.empty_partition_cache()
         return losses
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -29,7 +30,7 @@ from gradientspace_ray.run import RunDirectory, RunError, digest_of
 from gradientspace_ray.stages.deepspeed_engine import DeepSpeedEngine
 from gradientspace_ray.training import checkpoints
 from gradientspace_ray.training.engine import TrainingError, set_weights
-from gradientspace_ray.training.finetune import Data, finetune
+from gradientspace_ray.training.finetune import Data, PreemptedError, finetune
 from gradientspace_ray.training.loop import Step, Worker
 from gradientspace_ray.training.schedule import heldout_part
 from gradientspace_ray.training.state import STATE_FILE, CheckpointError, TrainingState, load_state, save_state
@@ -38,8 +39,6 @@ from gradientspace_ray.training.tracking import trackers
 log = logging.getLogger(__name__)
 TRAIN_FILE, ASSIGNMENTS = "examples/train.parquet", "clusters/assignments.parquet"
 EXPERTS, CHECKPOINTS, EVENTS = "experts", "checkpoints", "tensorboard"
-PREEMPTION_STEPS = 5
-"""Steps from one question whether a machine is about to go to the next; all workers meet in it."""
 # The second part of a seed: one recipe seed gives independent orders to the stages.
 ORDER_PURPOSE = {"warmup": 1, "experts": 2}
 # Mistakes that a second try would repeat, but that one worker of several may meet alone.
@@ -109,6 +108,12 @@ def work(config: dict[str, Any]) -> dict[str, str] | None:
     try:
         with _explained(run, plan):
             _train_and_commit(recipe, run, plan, config["board"])
+    except PreemptedError as error:
+        if ray.train.get_context().get_world_size() > 1:
+            # The first worker saves; the others must not end it meanwhile.
+            torch.distributed.barrier()
+        # So that Ray Train counts no failure, and starts the workers elsewhere at once.
+        raise ray.exceptions.RayActorError(error_msg=f"{plan.name}: {error}", preempted=True) from error
     except (TrainingError, *LASTING_ERRORS) as error:
         # The others would wait for a worker that returns; one that raises ends them.
         alone = isinstance(error, (_AloneError, *LASTING_ERRORS))
@@ -191,7 +196,8 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: 
 
 
 def _must_leave(step: Step) -> bool:
-    return step.number % PREEMPTION_STEPS == 0 and ray.train.get_preemption_info() is not None
+    """Whether a machine of this finetune is about to go; all workers meet in it."""
+    return ray.train.get_preemption_info() is not None
 
 
 def _data(run: RunDirectory, recipe: Recipe, plan: Finetune) -> Data:

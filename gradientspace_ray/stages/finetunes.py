@@ -4,6 +4,7 @@ One that fails leaves the others alone, and Ctrl-C ends them all. What is commit
 everything that decides it: a run that starts again trains only what is missing, each from its last checkpoint.
 """
 
+import tempfile
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from gradientspace_ray.errors import one_line
 from gradientspace_ray.recipe import Recipe
@@ -22,11 +24,17 @@ from gradientspace_ray.stages.progress import on_this_node, watched_board
 from gradientspace_ray.training import checkpoints
 from gradientspace_ray.training.engine import TrainingError
 
-SCRATCH, FAILURES = ".staging/train", "failures"
+FAILURES = "failures"
 STOP_TIMEOUT_S = 15.0
 LAUNCHER_ENV = {
     # The controller asks its workers for news this often; the default of two seconds is long beside a short finetune.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A worker that stands still for ten minutes, the default, keeps all others of its finetune waiting.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    # Finetunes that find no room wait for it; each timeout, a minute by default, is a page of traceback in the log.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     # A recipe may name local files relative to where the driver was started.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
@@ -46,7 +54,6 @@ def train_missing(
     kept = {finetune.checkpoints for finetune in missing}
     run.delete(FAILURES, *({f"{CHECKPOINTS}/{name}" for name in run.names(CHECKPOINTS)} - kept))
     failures = _run_bounded(recipe, run, missing, concurrent) if missing else {}
-    run.delete(SCRATCH)
     if failures:
         listed = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
         raise TrainingError(
@@ -127,15 +134,40 @@ def _stop(launchers: list[Any]) -> None:
         ray.cancel(launcher, force=True)
 
 
-# The type checker reads ray.train's old interface: the three ignored lines are of the new one, which runs.
 @ray.remote(num_cpus=0, max_retries=0)
 def _launch(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any) -> str | None:
     """Hold one Ray Train run until it ends. Returns the reason in one line if it failed."""
     run = RunDirectory(run_uri)
+    # Ray Train keeps its own checkpoints there; it is given none, and a mark is all that it leaves.
+    with tempfile.TemporaryDirectory(prefix="gradientspace-") as storage:
+        trainer = _trainer(recipe, run_uri, finetune, board, storage)
+        try:
+            failure = Retrying(
+                # Its controller has died, or met a death while the workers were starting.
+                retry=retry_if_exception_type((ray.train.ControllerError, ray.exceptions.RayActorError)),
+                stop=stop_after_attempt(1 + recipe.compute.retries),
+                reraise=True,
+            )(trainer.fit).return_value  # type: ignore[attr-defined]
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            return _noted(run, finetune, traceback.format_exc(), _reason(error))
+    return _noted(run, finetune, failure["traceback"], failure["reason"]) if failure else None
+
+
+def _noted(run: RunDirectory, finetune: Finetune, log: str, reason: str) -> str:
+    """Keep the traceback where there is room for it. Returns the reason."""
+    try:
+        run.write_bytes(f"{FAILURES}/{finetune.name}.log", log.encode())
+    except OSError as error:
+        return f"{reason} (the traceback could not be kept: {error})"
+    return reason
+
+
+# The type checker reads ray.train's old interface: the ignored lines are of the new one, which runs.
+def _trainer(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any, storage: str) -> TorchTrainer:
     compute = recipe.compute
     on_gpu = compute.device == "cuda"
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
-    trainer = TorchTrainer(
+    return TorchTrainer(
         work,  # type: ignore[arg-type]
         # Plain values: the controller reads them too, and need not import what the workers do.
         train_loop_config={
@@ -150,23 +182,14 @@ def _launch(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any) -> str
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{recipe.name}-{finetune.name}-{finetune.key}",
-            storage_path=run.uri_of(SCRATCH),
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=compute.retries),
             worker_runtime_env={"env_vars": {"DS_ACCELERATOR": compute.device}},
         ),
     )
-    try:
-        failure = trainer.fit().return_value  # type: ignore[attr-defined]
-    except ray.train.TrainingFailedError as error:
-        run.write_bytes(f"{FAILURES}/{finetune.name}.log", traceback.format_exc().encode())
-        return _reason(error)
-    if failure:
-        run.write_bytes(f"{FAILURES}/{finetune.name}.log", failure["traceback"].encode())
-        return failure["reason"]
-    return None
 
 
-def _reason(error: ray.train.TrainingFailedError) -> str:
+def _reason(error: Exception) -> str:
     """What the first failed worker said last, in one line."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     return one_line(next(iter(failures.values())))

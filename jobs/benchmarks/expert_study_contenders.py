@@ -1,0 +1,279 @@
+"""The contenders of the study of experts, and which tasks make them.
+
+Shapes: N held-out examples, E experts.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from expert_study_data import Labelled, Parts, between, by_group
+from expert_study_desk import Desk, Tell
+from expert_study_worker import TRAINING, Clusters, Finetune, Losses, Route
+
+CLUSTERED_AT = 0.5
+"""Share of the generalist whose gradients are clustered, and from which the experts' learning rates are tried."""
+LEARNING_RATES = {8: (5e-4, 1e-3, 2e-3), 2: (2.5e-4, 5e-4, 1e-3)}
+"""Examples of an optimizer step -> what is tried."""
+TRIED_SHARES = {8: 0.25, 2: 0.125}
+"""Examples of an optimizer step -> share of the budget that a try has: of the smaller steps, it has twice as many."""
+URGENT, SOON, LATE = 0, 2, 100
+
+
+class Setting(NamedTuple):
+    """How the budget is spent."""
+
+    generalist: float
+    """The generalist's share; 0: the experts begin with fresh adapters."""
+    examples_per_step: int
+    """Of the experts."""
+
+    def __str__(self) -> str:
+        start = f"generalist {self.generalist:g}" if self.generalist else "fresh adapters"
+        return f"{start}, experts {1 - self.generalist:g}, {self.examples_per_step} a step"
+
+
+SETTINGS = (Setting(0.5, 8), Setting(0.5, 2), Setting(0.25, 2), Setting(0, 2))
+
+
+class Adapter(NamedTuple):
+    """A finetune that is done."""
+
+    key: str | None = None
+    """None: the base model."""
+    steps: int = 0
+    tokens: int = 0
+
+
+class Contender(NamedTuple):
+    """What served the held-out examples, and how it was made."""
+
+    losses_N: np.ndarray
+    learning_rate: float | None
+    """Of what was tuned: the single LoRA, or the experts."""
+    start: Adapter
+    """The single LoRA, or what the experts began with."""
+    experts: Mapping[str, Adapter]
+    setting: Setting | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Trained on, by all together."""
+        return self.start.tokens + sum(expert.tokens for expert in self.experts.values())
+
+
+class _Plan(NamedTuple):
+    """What the experts of a setting need."""
+
+    setting: Setting
+    urgency: float
+    start: Adapter
+    learning_rate: "asyncio.Task[float]"
+
+
+class Study:
+    """All contenders, made as their parts come to be.
+
+    Attributes:
+        contenders: by name, in the order in which they were done.
+        tries: whose learning rate -> rate -> validation loss.
+        clusters: what is known of them.
+    """
+
+    def __init__(self, parts: Parts, settings: Sequence[Setting], desk: Desk, tell: Tell) -> None:
+        self.parts, self._settings = parts, settings
+        self._desk, self._tell = desk, tell
+        self.contenders: dict[str, Contender] = {}
+        self.tries: dict[str, dict[str, float]] = {}
+        self.clusters: dict[str, Any] = {}
+        self._domains = [row.domain for row in parts.training]
+
+    async def run(self) -> None:
+        """Ask for everything at once; what comes first in the settings is the most urgent."""
+        batches = [TRAINING.examples_per_step, *(setting.examples_per_step for setting in self._settings)]
+        shares = [setting.generalist for setting in self._settings if setting.generalist]
+        single_loras = {
+            batch: asyncio.create_task(self._single_lora(SOON + place, batch))
+            for place, batch in enumerate(dict.fromkeys(batches))
+        }
+        labels = asyncio.create_task(self._cluster())
+        work: list[Awaitable[Any]] = [*single_loras.values(), labels, self._judge("base", None, Adapter(), SOON)]
+        work += [self._generalist_alone(SOON + place, share) for place, share in enumerate(dict.fromkeys(shares))]
+        for place, setting in enumerate(self._settings):
+            # What the oracle needs goes before the last setting, and after all others.
+            urgency = SOON + place + (2 * LATE if not setting.generalist else 0)
+            work.append(self._setting(urgency, setting, single_loras[setting.examples_per_step], labels))
+        await asyncio.gather(*work)
+
+    def means(self, name: str) -> dict[str, float]:
+        """Domain -> a contender's mean loss, and `mean` over all held-out examples."""
+        losses_N = self.contenders[name].losses_N
+        domains_N = np.array([row.domain for row in self.parts.held_out])
+        means = {domain: float(losses_N[domains_N == domain].mean()) for domain in self.parts.domains}
+        return means | {"mean": float(losses_N.mean())}
+
+    async def _finetune(
+        self, urgency: float, name: str, start: Adapter, places: Sequence[int], batch: int, rate: float
+    ) -> Adapter:
+        """An adapter trained on some of the training examples; without any, what it would start from."""
+        if not places:
+            return start
+        examples = [self.parts.training[place].example for place in places]
+        key, answer = await self._desk.do(urgency, name, Finetune(start.key, examples, batch, rate))
+        return Adapter(key, answer["steps"], answer["tokens"])
+
+    async def _losses(self, urgency: float, name: str, adapter: Adapter, rows: Sequence[Labelled]) -> np.ndarray:
+        task = Losses(adapter.key, [row.example for row in rows])
+        _, answer = await self._desk.do(urgency, f"losses of {name}", task)
+        return np.array(answer["nll"])
+
+    async def _own_losses(
+        self, urgency: float, name: str, adapters: Mapping[str, Adapter], rows: Sequence[Labelled]
+    ) -> np.ndarray:
+        """Losses of rows that stand in the order of their domains, each under its domain's adapter."""
+        found = await asyncio.gather(
+            *(
+                self._losses(urgency, f"{domain}, {name}", adapter, [row for row in rows if row.domain == domain])
+                for domain, adapter in adapters.items()
+            )
+        )
+        return np.concatenate(found)
+
+    async def _judge(self, name: str, rate: float | None, adapter: Adapter, urgency: float) -> None:
+        losses_N = await self._losses(urgency, name, adapter, self.parts.held_out)
+        self._note(name, Contender(losses_N, rate, adapter, {}))
+
+    def _note(self, name: str, contender: Contender) -> None:
+        self.contenders[name] = contender
+        self._tell(f"== {name}: " + ", ".join(f"{domain} {loss:.4f}" for domain, loss in self.means(name).items()))
+
+    async def _generalist(self, share: float) -> Adapter:
+        urgency = URGENT if share == CLUSTERED_AT else SOON
+        places = between(len(self.parts.training), 0, share)
+        batch, rate = TRAINING.examples_per_step, TRAINING.learning_rate
+        return await self._finetune(urgency, f"generalist {share:g}", Adapter(), places, batch, rate)
+
+    async def _generalist_alone(self, urgency: float, share: float) -> None:
+        await self._judge(f"generalist {share:g}", None, await self._generalist(share), urgency)
+
+    async def _single_lora(self, urgency: float, batch: int) -> float:
+        """Its learning rate, when it is trained and judged."""
+        name, count = f"single LoRA, {batch} a step", len(self.parts.training)
+
+        async def tried(rate: float) -> float:
+            whose = f"try of {name} at {rate:g}"
+            places = between(count, 0, TRIED_SHARES[batch])
+            adapter = await self._finetune(urgency, whose, Adapter(), places, batch, rate)
+            return float((await self._losses(urgency, whose, adapter, self.parts.validation)).mean())
+
+        rate = await self._chosen(name, batch, tried)
+        await self._judge(
+            name, rate, await self._finetune(urgency, name, Adapter(), range(count), batch, rate), urgency
+        )
+        return rate
+
+    async def _chosen(self, whose: str, batch: int, tried: Callable[[float], Awaitable[float]]) -> float:
+        """The learning rate of the lowest validation loss."""
+        rates = LEARNING_RATES[batch]
+        losses = dict(zip(rates, await asyncio.gather(*(tried(rate) for rate in rates)), strict=True))
+        if whose not in self.tries:
+            told = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in losses.items())
+            self._tell(f"learning rates of {whose}: {told}")
+        self.tries[whose] = {f"{rate:g}": loss for rate, loss in losses.items()}
+        return min(losses, key=lambda rate: losses[rate])
+
+    async def _experts_rate(self, urgency: float, setting: Setting, single_lora: "asyncio.Task[float]") -> float:
+        if not setting.generalist:
+            return await single_lora
+        batch = setting.examples_per_step
+        tried_on = between(len(self.parts.training), CLUSTERED_AT, CLUSTERED_AT + TRIED_SHARES[batch])
+        groups = by_group(tried_on, self._domains)
+        start = await self._generalist(CLUSTERED_AT)
+
+        async def tried(rate: float) -> float:
+            name = f"try at {rate:g}, {batch} a step"
+            made = await asyncio.gather(
+                *(
+                    self._finetune(urgency, f"{domain}, {name}", start, places, batch, rate)
+                    for domain, places in groups.items()
+                )
+            )
+            adapters = dict(zip(groups, made, strict=True))
+            return float((await self._own_losses(urgency, name, adapters, self.parts.validation)).mean())
+
+        return await self._chosen(f"experts, {batch} a step", batch, tried)
+
+    async def _cluster(self) -> list[int]:
+        """Cluster of each training example."""
+        start = await self._generalist(CLUSTERED_AT)
+        assert start.key
+        task = Clusters(start.key, [row.example for row in self.parts.training])
+        _, answer = await self._desk.do(URGENT, "gradients and clusters", task)
+        labels: list[int] = answer["labels"]
+        domains_of = {
+            label: {domain: len(own) for domain, own in by_group(places, self._domains).items() if own}
+            for label, places in by_group(range(len(labels)), labels).items()
+        }
+        prompts, asked = ([row.prompt for row in rows] for rows in (self.parts.training, self.parts.held_out))
+        _, routed = await self._desk.do(URGENT, "router", Route(prompts, labels, asked))
+        self.clusters = {
+            "domains_of": {str(label): domains for label, domains in domains_of.items()},
+            "energy": answer["energy"],
+            "router_accuracy": routed["accuracy"],
+            "routed": routed["labels"],
+        }
+        self._tell(f"clusters: {domains_of}; router's accuracy {routed['accuracy'] or 1:.3f}")
+        return labels
+
+    async def _setting(
+        self, urgency: float, setting: Setting, single_lora: "asyncio.Task[float]", labels: "asyncio.Task[list[int]]"
+    ) -> None:
+        rate = asyncio.create_task(self._experts_rate(urgency, setting, single_lora))
+        start = await self._generalist(setting.generalist) if setting.generalist else Adapter()
+        plan = _Plan(setting, urgency, start, rate)
+        await asyncio.gather(self._of_domains(plan), self._of_clusters(plan, labels))
+
+    async def _experts(self, plan: _Plan, groups: Sequence[str]) -> dict[str, Adapter]:
+        """An expert of each group, trained on its examples that the generalist has not seen."""
+        setting, rate = plan.setting, await plan.learning_rate
+        places = by_group(between(len(self.parts.training), setting.generalist, 1), groups)
+        made = await asyncio.gather(
+            *(
+                self._finetune(
+                    plan.urgency, f"expert {group}, {setting}", plan.start, own, setting.examples_per_step, rate
+                )
+                for group, own in places.items()
+            )
+        )
+        return dict(zip(places, made, strict=True))
+
+    async def _of_domains(self, plan: _Plan) -> None:
+        setting = plan.setting
+        made = await self._experts(plan, self._domains)
+        losses_N = await self._own_losses(plan.urgency, f"{setting}", made, self.parts.held_out)
+        self._note(f"domains: {setting}", Contender(losses_N, await plan.learning_rate, plan.start, made, setting))
+
+    async def _of_clusters(self, plan: _Plan, labels: "asyncio.Task[list[int]]") -> None:
+        setting = plan.setting
+        made = await self._experts(plan, [str(label) for label in await labels])
+        rate, routed = await plan.learning_rate, [str(label) for label in self.clusters["routed"]]
+
+        async def losses(label: str, places: Sequence[int], urgency: float) -> np.ndarray:
+            rows = [self.parts.held_out[place] for place in places]
+            return await self._losses(urgency, f"expert {label}, {setting}", made[label], rows) if rows else np.zeros(0)
+
+        async def served(places: Mapping[str, Sequence[int]], urgency: float) -> np.ndarray:
+            """[N, E], infinite where an expert is not asked."""
+            nll_NE = np.full((len(routed), len(made)), np.inf)
+            found = await asyncio.gather(*(losses(label, places[label], urgency) for label in made))
+            for column, (label, nll_n) in enumerate(zip(made, found, strict=True)):
+                nll_NE[places[label], column] = nll_n
+            return nll_NE
+
+        own = {label: [place for place, other in enumerate(routed) if other == label] for label in made}
+        routed_NE = await served(own, plan.urgency)
+        self._note(f"clusters, routed: {setting}", Contender(routed_NE.min(axis=1), rate, plan.start, made, setting))
+        others = {label: [place for place, other in enumerate(routed) if other != label] for label in made}
+        losses_NE = np.minimum(routed_NE, await served(others, plan.urgency + LATE))
+        self._note(f"clusters, oracle: {setting}", Contender(losses_NE.min(axis=1), rate, plan.start, made, setting))

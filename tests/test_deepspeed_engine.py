@@ -1,0 +1,503 @@
+"""DeepSpeed behind the loop: its configuration, and real engines of every ZeRO stage on one and two processes."""
+
+import json
+import os
+import socket
+from contextlib import nullcontext
+from functools import partial
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference_training import (
+    adamw,
+    assert_moments_are,
+    flat_weights,
+    plain_training,
+    random_examples,
+    tiny_adapted_model,
+)
+
+from gradientspace_ray.models.attention import SEGMENTED
+from gradientspace_ray.models.checkpointing import activation_checkpointing
+from gradientspace_ray.recipe import RecipeError, TrainingSection, load_recipe
+from gradientspace_ray.stages import train as train_stage
+from gradientspace_ray.stages.deepspeed_engine import configuration
+from gradientspace_ray.training.engine import PlainEngine, set_weights
+from gradientspace_ray.training.finetune import Data, PreemptedError, finetune
+from gradientspace_ray.training.loop import ALONE, Worker
+from gradientspace_ray.training.schedule import plan_steps
+from gradientspace_ray.training.state import load_state, save_state
+
+DATA = Data(random_examples(7), random_examples(3, seed=1))
+SEED = [5, 2]
+STEPS, STOP = 6, 3
+# Of two workers one has nothing to do in the steps that have one example.
+SETTINGS = TrainingSection(
+    epochs=1.5,
+    learning_rate=1e-2,
+    examples_per_step=2,
+    weight_decay=0.01,
+    max_grad_norm=0.5,
+    evaluate_every=2,
+    tokens_per_batch=60,
+)
+PARTED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""Under ZeRO 3 weights this small stay whole unless this says otherwise."""
+SCARCE = {"zero_optimization": {**PARTED["zero_optimization"], "stage3_max_live_parameters": 20_000}}
+"""As if the model were larger than what ZeRO 3 keeps of it at once."""
+MODES = {
+    "0": {"zero_stage": 0},
+    "1": {"zero_stage": 1},
+    "2": {"zero_stage": 2},
+    "3": {"zero_stage": 3, "deepspeed": PARTED},
+    "3-small": {"zero_stage": 3},
+    "1-offload": {"zero_stage": 1, "offload": True},
+    "2-offload": {"zero_stage": 2, "offload": True},
+    "3-offload": {"zero_stage": 3, "offload": True, "deepspeed": PARTED},
+    "3-scarce": {"zero_stage": 3, "deepspeed": SCARCE},
+    "1-checkpointing": {"zero_stage": 1, "checkpointing": True},
+    "3-checkpointing": {"zero_stage": 3, "checkpointing": True, "deepspeed": SCARCE},
+    "2-bfloat16": {"zero_stage": 2},
+    "3-bfloat16": {"zero_stage": 3, "deepspeed": PARTED},
+}
+NARROW = [name for name in MODES if "bfloat16" in name]
+WIDE = [name for name in MODES if name not in NARROW]
+RESUMED = [name for name in WIDE if name.partition("-")[2] in ("", "small", "offload")]
+
+
+def configured(deepspeed=(), **changes):
+    return configuration(TrainingSection(deepspeed=dict(deepspeed), **changes), "experts")
+
+
+def flat(tree, path=""):
+    """Dotted path -> value."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}": value}
+    return found
+
+
+def nested(path, value):
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def test_the_recipe_decides_the_configuration():
+    assert configured(zero_stage=2, max_grad_norm=0.3) == {
+        "managed_gradient_accumulation": False,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.3,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 2, "overlap_comm": False},
+    }
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_offload_moves_the_optimizer_and_under_zero_3_the_weights(zero_stage):
+    zero = configured(zero_stage=zero_stage, offload=True)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu"}
+    assert zero.get("offload_param") == ({"device": "cpu"} if zero_stage == 3 else None)
+
+
+def test_what_is_given_is_added_and_goes_before_the_defaults():
+    given_tree = {
+        "zero_optimization": {
+            "overlap_comm": True,
+            "stage3_param_persistence_threshold": 0,
+            "offload_optimizer": {"pin_memory": True, "device": "cpu"},
+        },
+        "comms_logger": {"enabled": True},
+        "wall_clock_breakdown": True,
+    }
+    before = json.dumps(given_tree)
+    assert configured(given_tree, zero_stage=3, offload=True) == {
+        "managed_gradient_accumulation": False,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "stage3_param_persistence_threshold": 0,
+            "offload_optimizer": {"pin_memory": True, "device": "cpu"},
+            "offload_param": {"device": "cpu"},
+        },
+        "comms_logger": {"enabled": True},
+        "wall_clock_breakdown": True,
+    }
+    assert json.dumps(given_tree) == before
+
+
+def test_a_configuration_of_other_trainers_with_auto_values_is_taken():
+    # As Hugging Face's documentation gives it for ZeRO 2, without its optimizer's and scheduler's names.
+    found = configured(
+        {
+            "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+            "bf16": {"enabled": "auto"},
+            "optimizer": {"params": {"lr": "auto", "betas": "auto"}},
+            "zero_optimization": {"stage": 2, "allgather_bucket_size": 2e8, "reduce_bucket_size": "auto"},
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+        },
+        zero_stage=2,
+    )
+    assert "auto" not in flat(found).values()
+    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": False, "allgather_bucket_size": 2e8}
+    assert found["gradient_clipping"] == 1.0
+    assert not {"optimizer", "train_batch_size", "gradient_accumulation_steps"} & set(found)
+
+
+CONFLICTS = [
+    ("zero_optimization.stage", 3, "experts.zero_stage"),
+    ("zero_optimization.offload_optimizer.device", "nvme", "experts.offload"),
+    ("zero_optimization.offload_optimizer.device", "cpu", "experts.offload"),
+    ("zero_optimization.offload_optimizer", "cpu", "experts.offload"),
+    ("zero_optimization.offload_param.device", "cpu", "experts.offload"),
+    ("zero_optimization", True, "experts.zero_stage"),
+    ("zero_optimization.overlap_comm", True, "experts.zero_stage"),
+    ("gradient_clipping", 0.5, "experts.max_grad_norm"),
+    ("gradient_clipping", 0, "experts.max_grad_norm"),
+    ("train_batch_size", 64, "experts.examples_per_step"),
+    ("train_micro_batch_size_per_gpu", 4, "experts.tokens_per_batch"),
+    ("gradient_accumulation_steps", 8, "experts.tokens_per_batch"),
+    ("managed_gradient_accumulation", True, "experts.tokens_per_batch"),
+    ("optimizer.type", "AdamW", "experts.learning_rate"),
+    ("optimizer.params.lr", 1e-3, "experts.learning_rate"),
+    ("optimizer", "AdamW", "experts.learning_rate"),
+    ("scheduler.type", "WarmupLR", "experts.warmup_share"),
+    ("activation_checkpointing.partition_activations", True, "experts.checkpointing"),
+    ("fp16.enabled", True, "model.compute_dtype"),
+    ("bf16.enabled", True, "model.compute_dtype"),
+    ("torch_autocast.enabled", True, "model.compute_dtype"),
+    ("amp.enabled", True, "model.compute_dtype"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "key"), CONFLICTS)
+def test_a_conflict_names_both_keys(path, value, key):
+    with pytest.raises(RecipeError) as caught:
+        configured(nested(path, value))
+    assert str(caught.value) == f"experts.deepspeed: {path} is decided by {key}; leave it out there"
+
+
+def test_all_conflicts_are_named_in_one_line():
+    with pytest.raises(RecipeError) as caught:
+        configured({"zero_optimization": {"stage": 0}, "optimizer": {"type": "Adam", "params": {"lr": 1.0}}})
+    assert str(caught.value) == (
+        "experts.deepspeed: zero_optimization.stage is decided by experts.zero_stage, "
+        "and optimizer.type is decided by experts.learning_rate, "
+        "and optimizer.params.lr is decided by experts.learning_rate; leave it out there"
+    )
+
+
+@pytest.mark.parametrize(("path", "value", "key"), CONFLICTS)
+@pytest.mark.parametrize("neutral", [False, None, "none", "auto", {}])
+def test_what_asks_for_nothing_is_no_conflict(path, value, key, neutral):
+    if any(name == path or name.startswith(f"{path}.") for name in flat(configured())):
+        neutral = "auto"
+    assert flat(configured(nested(path, neutral))).items() >= flat(configured()).items()
+
+
+@given(zero_stage=st.integers(0, 3), offload=st.booleans(), clipping=st.floats(0.01, 10))
+def test_what_the_recipe_decides_may_be_said_again(zero_stage, offload, clipping):
+    changes = {"zero_stage": zero_stage, "offload": offload and zero_stage > 0, "max_grad_norm": clipping}
+    found = configured(**changes)
+    assert configured(found, **changes) == found
+
+
+trees = st.recursive(
+    st.integers() | st.text(max_size=3) | st.booleans() | st.none(),
+    lambda inner: st.dictionaries(st.sampled_from(["stage", "overlap_comm", "zero_optimization", "a", "b"]), inner),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["zero_optimization", "wall_clock_breakdown", "zero_force_ds_cpu_optimizer"]), trees
+    )
+)
+def test_any_tree_is_merged_or_refused(tree):
+    conflict = False
+    try:
+        found = flat(configured(tree, zero_stage=2))
+    except RecipeError as error:
+        found, conflict = {}, "is decided by experts.zero_stage" in str(error)
+    assert conflict or found["zero_optimization.stage"] == 2
+    for path, value in flat(tree).items():
+        if not conflict and value not in ("auto", {}) and not path.startswith("zero_optimization.stage"):
+            assert found[path] == value
+
+
+def test_a_recipe_may_name_a_json_file(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}))
+    recipe = load_recipe("tiny", [f"experts.deepspeed={path}"])
+    assert recipe.experts.deepspeed == json.loads(path.read_text())
+    assert configuration(recipe.experts, "experts")["zero_optimization"]["reduce_bucket_size"] == 1000
+    train_stage.check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"No such file"),
+        ("{", r"no JSON file \(Expecting property name"),
+        ("", r"no JSON file \(Expecting value"),
+        ("[1]", r"valid dictionary, got \[1\]"),
+    ],
+)
+def test_a_json_file_that_cannot_be_used_is_named(tmp_path, text, message):
+    path = tmp_path / "zero.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe("tiny", [f"experts.deepspeed={path}"])
+    assert "experts.deepspeed: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["warmup", "experts"])
+def test_the_stage_refuses_a_conflict_before_the_hours_are_spent(section):
+    recipe = load_recipe("tiny", [f"{section}.deepspeed.optimizer.type=AdamW"])
+    with pytest.raises(RecipeError, match=rf"^{section}\.deepspeed: optimizer\.type is decided by {section}\.learning"):
+        train_stage.check(recipe)
+
+
+def segmented_model(state=None, dtype=torch.float32):
+    model = tiny_adapted_model()
+    model.set_attn_implementation(SEGMENTED)
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
+    if state:
+        set_weights(model, state.weights)
+    return model
+
+
+def finetuned(
+    engine, folder, *, section=SETTINGS, worker=ALONE, state=None, stop=None, is_first=True, observe=lambda: None
+):
+    """Train to the end, or save and leave after step `stop`; the first worker writes the state into `folder`.
+
+    Returns:
+        The length of the gradient, and what `observe` finds, after each step.
+    """
+    found = []
+    try:
+        outcome = finetune(
+            engine,
+            DATA,
+            section,
+            seed=SEED,
+            worker=worker,
+            state=state,
+            on_step=lambda step, heldout: found.append((step.grad_norm, observe(), heldout)),
+            save=lambda saved: save_state(saved, folder) if is_first else None,
+            must_leave=lambda step: step.number == stop,
+        )
+    except PreemptedError:
+        return found
+    if is_first:
+        save_state(outcome.state, folder)
+    return found
+
+
+def numbers_of(weights):
+    return sum(weight.numel() for weight in weights)
+
+
+def _worker(rank, world_size, port, folder, jobs):
+    """Go through `jobs`: (mode, folder to write, folder to resume from or None, step to stop after or None)."""
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    module = import_module("gradientspace_ray.stages.deepspeed_engine")
+    for mode, target, source, stop in jobs:
+        state = load_state(folder / source) if source else None
+        dtype = torch.bfloat16 if mode in NARROW else torch.float32
+        model = segmented_model(state, dtype)
+        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        section = SETTINGS.model_copy(update=MODES[mode])
+        engine = module.DeepSpeedEngine(model, section, dtype, "experts")
+        facts = {"trained": numbers_of(engine.weights().values())}
+        with activation_checkpointing(model) if section.checkpointing else nullcontext():
+            facts["found"] = finetuned(
+                engine,
+                folder / target,
+                section=section,
+                worker=Worker(rank, world_size),
+                state=state,
+                stop=stop,
+                is_first=rank == 0,
+                observe=partial(numbers_of, frozen),
+            )
+        facts |= {
+            "zero_stage": engine.deepspeed.zero_optimization_stage(),
+            "optimizer": type(engine.deepspeed.optimizer).__name__,
+            "moments": [
+                sum(part[key].numel() for part in engine.deepspeed.basic_optimizer.state.values())
+                for key in ("exp_avg", "exp_avg_sq")
+            ],
+            "frozen_kept": numbers_of(getattr(weight, "ds_tensor", weight) for weight in frozen),
+            "offload": [
+                offload is not None and str(offload.device)
+                for offload in (engine.deepspeed.zero_offload_optimizer(), engine.deepspeed.zero_offload_param())
+            ],
+            "training_mode": any(part.training for part in model.modules()),
+        }
+        every = [None] * world_size
+        torch.distributed.all_gather_object(every, facts)
+        if rank == 0:
+            (folder / f"{target}.json").write_text(json.dumps(every))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def spawn(world_size, folder, jobs):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (world_size, port, folder, jobs), nprocs=world_size)
+
+
+def plain_engine(dtype=torch.float32):
+    return PlainEngine(segmented_model(dtype=dtype), dtype, SETTINGS.weight_decay, SETTINGS.max_grad_norm)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """States and facts of all modes: `<mode>@2` undisturbed, `<mode>@2-2` stopped and resumed, and so on."""
+    folder = tmp_path_factory.mktemp("engines")
+    found = finetuned(plain_engine(), folder / "plain")
+    finetuned(plain_engine(torch.bfloat16), folder / "plain-bfloat16")
+    finetuned(plain_engine(), folder / "plain-part", stop=STOP)
+    pair = [(mode, f"{mode}@2", None, None) for mode in MODES]
+    pair += [(mode, f"{mode}@2-part", None, STOP) for mode in RESUMED]
+    pair += [(mode, f"{mode}@2-2", f"{mode}@2-part", None) for mode in RESUMED]
+    pair += [(mode, f"{mode}@1-2", "plain-part", None) for mode in RESUMED]
+    spawn(2, folder, pair)
+    spawn(1, folder, [(mode, f"{mode}@2-1", f"{mode}@2-part", None) for mode in RESUMED])
+    facts = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    states = {path.name: load_state(path) for path in folder.iterdir() if path.is_dir()}
+    return states, facts, [norm for norm, *_ in found]
+
+
+def parts_of(state):
+    return [state.weights, state.best, state.moments.first, state.moments.second]
+
+
+def assert_near(found, wanted, name):
+    """Within 1e-5, and moments within a thousandth."""
+    np.testing.assert_allclose(found.losses, wanted.losses, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(found.heldout, wanted.heldout, atol=1e-5, err_msg=name)
+    assert (found.moments.step, found.best_step) == (wanted.moments.step, wanted.best_step)
+    for place, (ours, theirs) in enumerate(zip(parts_of(found), parts_of(wanted), strict=True)):
+        assert set(ours) == set(theirs)
+        for weight, value in theirs.items():
+            if place < 2:
+                torch.testing.assert_close(ours[weight], value, atol=1e-5, rtol=0, msg=f"{name} {weight}")
+            else:
+                error = float((ours[weight] - value).norm() / value.norm())
+                assert error < 1e-3, f"{name} {weight}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_the_stage_is_in_use_and_the_state_is_parted(trained, mode):
+    _, facts, _ = trained
+    zero_stage = MODES[mode]["zero_stage"]
+    names = {0: "AdamW", 3: "DeepSpeedZeroOptimizer_Stage3"}
+    weights = list(tiny_adapted_model().parameters())
+    whole, frozen = (numbers_of(weight for weight in weights if weight.requires_grad is own) for own in (True, False))
+    assert len(facts[f"{mode}@2"]) == 2
+    for rank in facts[f"{mode}@2"]:
+        assert rank["zero_stage"] == zero_stage
+        assert rank["optimizer"] == names.get(zero_stage, "DeepSpeedZeroOptimizer")
+        assert rank["trained"] == whole
+        assert rank["moments"] == [whole // 2 if zero_stage else whole] * 2
+        assert rank["frozen_kept"] == (frozen // 2 if zero_stage == 3 else frozen)
+        here = {numbers for _, numbers, _ in rank["found"]}
+        assert mode == "3-small" or here == {0 if zero_stage == 3 else frozen}
+        offload = "cpu" if "offload" in mode else False
+        assert rank["offload"] == [offload, offload if zero_stage == 3 else False]
+        assert not rank["training_mode"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", WIDE)
+def test_two_workers_give_what_a_plain_loop_gives(trained, mode):
+    states, _, _ = trained
+    model = tiny_adapted_model()
+    optimizer = adamw(model, SETTINGS.weight_decay)
+    steps = plan_steps(len(DATA.train), SETTINGS.examples_per_step, SETTINGS.epochs, SEED)
+    assert len(steps) == STEPS
+    losses = plain_training(
+        model,
+        DATA.train,
+        steps,
+        peak=SETTINGS.learning_rate,
+        warmup_share=SETTINGS.warmup_share,
+        max_grad_norm=SETTINGS.max_grad_norm,
+        optimizer=optimizer,
+    )
+    found = states[f"{mode}@2"]
+    np.testing.assert_allclose(found.losses, losses, atol=1e-4)
+    weights = {name.replace(".default.", "."): weight for name, weight in model.named_parameters()}
+    ours = torch.cat([found.weights[name].flatten() for name in weights if name in found.weights])
+    torch.testing.assert_close(ours, flat_weights(model), atol=1e-4, rtol=0)
+    assert_moments_are(found.moments, model, optimizer, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", WIDE)
+def test_two_workers_give_what_the_plain_engine_gives(trained, mode):
+    states, facts, norms = trained
+    assert_near(states[f"{mode}@2"], states["plain"], mode)
+    for rank in facts[f"{mode}@2"]:
+        found = [norm for norm, *_ in rank["found"]]
+        if mode == "0":
+            assert found == [None] * STEPS
+        else:
+            np.testing.assert_allclose(found, norms, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", NARROW)
+def test_two_workers_in_bfloat16_give_what_the_plain_engine_gives(trained, mode):
+    states, _, _ = trained
+    found, wanted = states[f"{mode}@2"], states["plain-bfloat16"]
+    np.testing.assert_allclose(found.losses, wanted.losses, rtol=5e-3)
+    np.testing.assert_allclose(found.heldout, wanted.heldout, rtol=5e-3)
+    assert wanted.losses != states["plain"].losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", RESUMED)
+def test_one_who_resumes_with_as_many_workers_ends_bit_for_bit_where_the_undisturbed_one_does(trained, mode):
+    states, facts, _ = trained
+    found, wanted, part = states[f"{mode}@2-2"], states[f"{mode}@2"], states[f"{mode}@2-part"]
+    assert (part.step, part.moments.step, found.step) == (STOP, STOP, STEPS)
+    assert (found.losses, found.heldout, found.best_step) == (wanted.losses, wanted.heldout, wanted.best_step)
+    assert (found.moments.step, found.moments.betas) == (wanted.moments.step, wanted.moments.betas)
+    for ours, theirs in zip(parts_of(found), parts_of(wanted), strict=True):
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    for rank, before in zip(facts[f"{mode}@2-2"], facts[f"{mode}@2"], strict=True):
+        assert rank["moments"] == before["moments"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", RESUMED)
+@pytest.mark.parametrize("change", ["1-2", "2-1"])
+def test_one_who_resumes_with_another_number_of_workers_ends_close_by(trained, mode, change):
+    states, _, _ = trained
+    assert_near(states[f"{mode}@{change}"], states["plain"], f"{mode}@{change}")
