@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -65,13 +64,17 @@ def run(
 @app.command()
 def resume(
     run_dir: RunDirArgument,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, as in --set experts.workers=1; repeatable.")
+    ] = None,
     until: Annotated[str | None, typer.Option(help=f"Last stage to run: {', '.join(recipes.STAGES)}.")] = None,
     again: Annotated[str | None, typer.Option(help="Remove what this stage made; run it and what follows.")] = None,
 ) -> None:
     """Go on with a run by the recipe that it holds; what is finished is kept."""
     directory = RunDirectory(run_dir)
     directory.require()
-    settings = recipes.parse_recipe(yaml.safe_load(directory.read_bytes("recipe.yaml")), directory.path("recipe.yaml"))
+    text = directory.read_bytes("recipe.yaml").decode()
+    settings = recipes.read_recipe(text, directory.path("recipe.yaml"), assignments or [])
     _run(settings, run_dir, until, again)
 
 

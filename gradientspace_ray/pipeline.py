@@ -57,6 +57,8 @@ class Stage:
     """Stages whose outputs are read."""
     outputs: tuple[str, ...] = ()
     """Names in the run directory; when one has gone, the stage runs again."""
+    leaves: tuple[str, ...] = ()
+    """What else `--again` removes."""
 
 
 def _score_validation(recipe: Recipe, run: RunDirectory) -> Summary:
@@ -97,7 +99,14 @@ STAGES = (
         ("seed", "data"),
         outputs=tuple(f"examples/{split}.parquet" for split in prepare.SPLITS),
     ),
-    Stage("warmup", (train.warmup,), ("seed", "model", "lora", "warmup", "budget"), ("prepare",), ("generalist",)),
+    Stage(
+        "warmup",
+        (train.warmup,),
+        ("seed", "model", "lora", "warmup", "budget"),
+        ("prepare",),
+        ("generalist",),
+        ("checkpoints",),
+    ),
     Stage(
         "gradients",
         (_gradients,),
@@ -118,6 +127,7 @@ STAGES = (
         ("seed", "model", "lora", "warmup", "experts", "single_lora", "budget"),
         ("prepare", "warmup", "cluster"),
         ("experts",),
+        ("single_lora", "merged", "checkpoints"),
     ),
     Stage(
         "router",
@@ -318,7 +328,7 @@ def _mark_stale(recipe: Recipe, run: RunDirectory, again: str | None) -> None:
 
 def _forget(stage: Stage, run: RunDirectory) -> None:
     record = run.manifest().stages.get(stage.name)
-    for name in (*stage.outputs, *(record.outputs if record else ())):
+    for name in (*stage.outputs, *stage.leaves, *(record.outputs if record else ())):
         run.delete(name)
 
 

@@ -86,10 +86,9 @@ class TrainingSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     heldout_share: Share = 0.0
-    """Share of the finetune's own examples that it does not train on. Their loss is taken every `evaluate_every` steps
-    and at the end, and the weights of the lowest one are kept."""
+    """About this share of its examples is not trained on, by the generalist neither: the weights of the lowest loss of
+    these are kept, which is taken every `evaluate_every` steps and at the end."""
     evaluate_every: Positive = 20
-    """Steps from one loss of the held-out part to the next."""
     patience: Positive | None = None
     """Stop when so many held-out losses in a row were no lower than the best; null trains to the end."""
     workers: Positive = 1
@@ -148,7 +147,7 @@ class SingleLoraSection(Section):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Null: the experts'."""
     examples_per_step: Positive | None = None
-    """Null: the warm-up's."""
+    """Null: the experts'."""
 
 
 class BudgetSection(Section):
@@ -174,8 +173,7 @@ class GradientsSection(Section):
     checkpointing: bool = False
     """Keep less for the backward pass, at the price of a second forward pass, for models that do not fit otherwise."""
     examples_per_shard: Positive = 512
-    """Examples in one shard, the unit of work, retry and commit: the more, the less there is to merge, and to keep the
-    workers busy with."""
+    """Examples in one shard, the unit of work, retry and commit: the more, the less there is to merge."""
     tokens_per_batch: Positive | Literal["auto"] = "auto"
     """Tokens in one forward and backward pass; `auto` is as many as fit into memory and are of use."""
     workers: Positive = 2
@@ -196,10 +194,9 @@ class SketchSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the rows, in memory and on disk; with `refine`, what the second pass sums and ends with is float32."""
     shrink: Literal["none", "frequent_directions"] = "none"
-    """`none` keeps the largest directions at every step, and usually the most energy; `frequent_directions`, with
-    `refine`, bounds the error in advance, whatever the data and their order."""
+    """`none` keeps the largest directions; `frequent_directions`, with `refine`, bounds the error in advance."""
     refine: bool = False
-    """Go through all gradients once more, which brings the sketch close to the exact SVD and doubles the time."""
+    """Go through all gradients once more: close to the exact SVD, in twice the time."""
     projection: Positive | None = None
     """Also keep a random projection of every gradient to this many numbers, for the `clusters.method` that needs it."""
 
@@ -212,8 +209,7 @@ class ClustersSection(Section):
     others are baselines: `random_projection_64`, `_512` and `_8192` of the same gradients (they need
     `sketch.projection`), `embedding` of the prompts by `router.encoder`, `length` of the examples, and `random`."""
     count: Positive | Literal["auto"] = "auto"
-    """Number of clusters; `auto` chooses it from the sketch's coordinates, whatever the method, so that baselines are
-    compared at the same number."""
+    """`auto` chooses it from the sketch's coordinates, whatever the method: baselines compare at the same number."""
     max_count: Positive = 12
     """Largest number that `auto` considers."""
     neighbours: Positive = 15
@@ -312,7 +308,11 @@ def load_recipe(source: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file, a key or a value cannot be used; one line that names the place and the mend.
     """
-    text, place = _read(source)
+    return read_recipe(*_read(source), overrides)
+
+
+def read_recipe(text: str, place: str, overrides: Iterable[str] = ()) -> Recipe:
+    """As `load_recipe`, of a text that is at `place`."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -28,6 +28,14 @@ def tiny_adapted_model(seed=0):
     return add_lora(model, rank=4, alpha=8, target_modules="all-linear", seed=seed)
 
 
+def small_adapted_model():
+    """One layer with eager attention and a fresh LoRA of two projections: the fastest; some weights are of odd size."""
+    config = tiny_llama_config(num_hidden_layers=1, intermediate_size=129)
+    model = random_causal_lm(config).requires_grad_(False)
+    model.set_attn_implementation("eager")
+    return add_lora(model, rank=3, alpha=6, target_modules=("q_proj", "down_proj"), seed=0)
+
+
 def trainable(model):
     return [weight for weight in model.parameters() if weight.requires_grad]
 

@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 import gradientspace_ray
 from gradientspace_ray import cli
-from gradientspace_ray.recipe import dump_recipe, parse_recipe
+from gradientspace_ray.recipe import dump_recipe, load_recipe, parse_recipe
 from gradientspace_ray.registry import REGISTRY
 from gradientspace_ray.run import RunDirectory
 
@@ -67,7 +67,7 @@ def test_the_command_line_loads_neither_ray_nor_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("command", [("status",), ("report",), ("route",), ("serve",)])
+@pytest.mark.parametrize("command", [("status",), ("resume",), ("report",), ("route",), ("serve",)])
 def test_a_folder_without_a_run_is_the_same_line_in_every_command(capsys, tmp_path, command):
     prompt = ["hello"] if command == ("route",) else []
     for folder in (tmp_path, tmp_path / "[nowhere]"):
@@ -148,6 +148,27 @@ def test_usage_errors_exit_with_2(capsys, run_dir, arguments):
     code, _, errors = gradientspace(capsys, "serve", run_dir, *arguments)
     assert code == 2
     assert arguments[0] in errors
+
+
+def test_resume_takes_the_run_s_own_recipe_and_what_is_set(capsys, monkeypatch, pipeline, run_dir):
+    seen = []
+    monkeypatch.setattr(
+        pipeline, "run_pipeline", lambda recipe, run, *arguments: seen.append((recipe, run.uri, *arguments))
+    )
+    code, _, _ = gradientspace(capsys, "resume", run_dir, "--set", "experts.tokens_per_batch=99", "--until", "experts")
+    ((recipe, uri, _, until, again),) = seen
+    assert (code, uri, until, again) == (0, str(run_dir), "experts", None)
+    assert recipe.name == "gpu-run"
+    assert recipe.experts.tokens_per_batch == 99
+    assert recipe == load_recipe(str(run_dir / "recipe.yaml"), ["experts.tokens_per_batch=99"])
+
+
+def test_resume_tells_what_is_wrong_with_the_recipe(capsys, run_dir):
+    (run_dir / "recipe.yaml").write_text("name: [")
+    code, _, errors = gradientspace(capsys, "resume", run_dir)
+    assert code == 1
+    assert errors.startswith(f"error: {run_dir}/recipe.yaml")
+    assert len(errors.splitlines()) == 1
 
 
 def test_what_cannot_be_served_is_told_before_ray_starts(capsys, pipeline, run_dir):

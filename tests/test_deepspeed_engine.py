@@ -18,7 +18,7 @@ from reference_training import (
     flat_weights,
     plain_training,
     random_examples,
-    tiny_adapted_model,
+    small_adapted_model,
 )
 
 from gradientspace_ray.models.attention import SEGMENTED
@@ -66,7 +66,8 @@ MODES = {
 }
 NARROW = [name for name in MODES if "bfloat16" in name]
 WIDE = [name for name in MODES if name not in NARROW]
-RESUMED = [name for name in WIDE if name.partition("-")[2] in ("", "small", "offload")]
+MOVED = [name for name in WIDE if name.partition("-")[2] in ("", "offload")]
+RESUMED = [*MOVED, "3-small"]
 
 
 def configured(deepspeed=(), **changes):
@@ -272,7 +273,7 @@ def test_the_stage_refuses_a_conflict_before_the_hours_are_spent(section):
 
 
 def segmented_model(state=None, dtype=torch.float32):
-    model = tiny_adapted_model()
+    model = small_adapted_model()
     model.set_attn_implementation(SEGMENTED)
     for weight in model.parameters():
         weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
@@ -383,9 +384,9 @@ def trained(tmp_path_factory):
     pair = [(mode, f"{mode}@2", None, None) for mode in MODES]
     pair += [(mode, f"{mode}@2-part", None, STOP) for mode in RESUMED]
     pair += [(mode, f"{mode}@2-2", f"{mode}@2-part", None) for mode in RESUMED]
-    pair += [(mode, f"{mode}@1-2", "plain-part", None) for mode in RESUMED]
+    pair += [(mode, f"{mode}@1-2", "plain-part", None) for mode in MOVED]
     spawn(2, folder, pair)
-    spawn(1, folder, [(mode, f"{mode}@2-1", f"{mode}@2-part", None) for mode in RESUMED])
+    spawn(1, folder, [(mode, f"{mode}@2-1", f"{mode}@2-part", None) for mode in MOVED])
     facts = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     states = {path.name: load_state(path) for path in folder.iterdir() if path.is_dir()}
     return states, facts, [norm for norm, *_ in found]
@@ -416,15 +417,16 @@ def test_the_stage_is_in_use_and_the_state_is_parted(trained, mode):
     _, facts, _ = trained
     zero_stage = MODES[mode]["zero_stage"]
     names = {0: "AdamW", 3: "DeepSpeedZeroOptimizer_Stage3"}
-    weights = list(tiny_adapted_model().parameters())
+    weights = list(small_adapted_model().parameters())
     whole, frozen = (numbers_of(weight for weight in weights if weight.requires_grad is own) for own in (True, False))
     assert len(facts[f"{mode}@2"]) == 2
     for rank in facts[f"{mode}@2"]:
         assert rank["zero_stage"] == zero_stage
         assert rank["optimizer"] == names.get(zero_stage, "DeepSpeedZeroOptimizer")
         assert rank["trained"] == whole
-        assert rank["moments"] == [whole // 2 if zero_stage else whole] * 2
-        assert rank["frozen_kept"] == (frozen // 2 if zero_stage == 3 else frozen)
+        # What does not divide evenly is padded.
+        assert rank["moments"] == pytest.approx([whole / 2 if zero_stage else whole] * 2, abs=8)
+        assert rank["frozen_kept"] == pytest.approx(frozen / 2 if zero_stage == 3 else frozen, abs=8)
         here = {numbers for _, numbers, _ in rank["found"]}
         assert mode == "3-small" or here == {0 if zero_stage == 3 else frozen}
         offload = "cpu" if "offload" in mode else False
@@ -436,9 +438,10 @@ def test_the_stage_is_in_use_and_the_state_is_parted(trained, mode):
 @pytest.mark.parametrize("mode", WIDE)
 def test_two_workers_give_what_a_plain_loop_gives(trained, mode):
     states, _, _ = trained
-    model = tiny_adapted_model()
+    model = small_adapted_model()
     optimizer = adamw(model, SETTINGS.weight_decay)
-    steps = plan_steps(len(DATA.train), SETTINGS.examples_per_step, SETTINGS.epochs, SEED)
+    lengths = [len(input_ids) for input_ids, _ in DATA.train]
+    steps = plan_steps(len(lengths), SETTINGS.examples_per_step, SETTINGS.epochs, SEED, lengths)
     assert len(steps) == STEPS
     losses = plain_training(
         model,
@@ -496,7 +499,7 @@ def test_one_who_resumes_with_as_many_workers_ends_bit_for_bit_where_the_undistu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", RESUMED)
+@pytest.mark.parametrize("mode", MOVED)
 @pytest.mark.parametrize("change", ["1-2", "2-1"])
 def test_one_who_resumes_with_another_number_of_workers_ends_close_by(trained, mode, change):
     states, _, _ = trained

@@ -158,10 +158,10 @@ def test_the_run_directory_has_what_the_finetunes_read(modules, tmp_path):
     stage = modules["expert_stage"]
     examples = [([number, 1, 2], [-100, 1, 2]) for number in range(9)]
     run = stage.written(tmp_path / "run", examples, 3)
-    parts = [examples_of(run, "experts", cluster, 0.0, 0, ["input_ids"])[0] for cluster in range(3)]
-    assert [[ids[0] for ids in part["input_ids"].to_pylist()] for part in parts] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     job = stage.Job("model", "examples", 3, 8, 1024, "bfloat16", [3, 1], 1, "scratch")
     recipe = stage.recipe_of(job, 3, 2)
+    parts = [examples_of(recipe, run, "experts", cluster, ["input_ids"])[0] for cluster in range(3)]
+    assert [[ids[0] for ids in part["input_ids"].to_pylist()] for part in parts] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     assert recipe.experts.max_concurrent * recipe.compute.cpus_per_worker == pytest.approx(2)
     assert recipe.model.compute_dtype == "bfloat16"
 

@@ -12,12 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_training import adamw, flat_weights, mean_loss, plain_training, random_examples
-from tiny_models import random_causal_lm, tiny_llama_config
+from reference_training import adamw, flat_weights, mean_loss, plain_training, random_examples, small_adapted_model
 
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.checkpointing import activation_checkpointing
-from gradientspace_ray.models.loading import add_lora
 from gradientspace_ray.models.moments import AdamMoments
 from gradientspace_ray.recipe import TrainingSection
 from gradientspace_ray.training.engine import PlainEngine, TrainingError, set_weights
@@ -33,7 +31,7 @@ SETTINGS = TrainingSection(
 )
 BOTH = Data(TRAIN, HELD_OUT)
 STEPS = 7
-LIVELY = {"learning_rate": 0.3, "max_grad_norm": 10.0, "evaluate_every": 1}
+LIVELY = {"learning_rate": 0.8, "max_grad_norm": 10.0, "evaluate_every": 1}
 """With these the held-out loss rises and falls."""
 
 
@@ -41,21 +39,21 @@ class KilledError(Exception):
     pass
 
 
-@cache
-def small_model():
-    model = random_causal_lm(tiny_llama_config(num_hidden_layers=1)).requires_grad_(False)
-    model.set_attn_implementation(SEGMENTED)
-    return add_lora(model, rank=2, alpha=4, target_modules=("q_proj", "down_proj"), seed=0)
+original = cache(small_adapted_model)
 
 
 def fresh_model(dropout=0.0, attention=SEGMENTED):
-    model = copy.deepcopy(small_model())
+    model = copy.deepcopy(original())
     model.set_attn_implementation(attention)
     if dropout:
         for module in model.modules():
             if hasattr(module, "lora_dropout"):
                 module.lora_dropout["default"] = torch.nn.Dropout(dropout).train()
     return model
+
+
+def planned(examples, examples_per_step, epochs):
+    return plan_steps(len(examples), examples_per_step, epochs, SEED, [len(input_ids) for input_ids, _ in examples])
 
 
 def made(data=BOTH, changes=(), state=None, dropout=0.0, seed=SEED, **calls):
@@ -197,7 +195,7 @@ def reference():
             after.append((float(mean_loss(model, HELD_OUT)), flat_weights(model).clone()))
 
     optimizer.register_step_post_hook(observe)
-    steps = plan_steps(len(TRAIN), 2, 1.75, SEED)
+    steps = planned(TRAIN, 2, 1.75)
     losses = plain_training(model, TRAIN, steps, peak=0.1, warmup_share=0.1, max_grad_norm=10.0, optimizer=optimizer)
     return steps, losses, after
 
@@ -323,7 +321,7 @@ def test_fewer_examples_than_a_step_takes(count, epochs, steps):
     examples = TRAIN[:count]
     changes = {"epochs": epochs, "examples_per_step": 64}
     outcome = made(Data(examples, HELD_OUT[:1]), changes.items())
-    plan = plan_steps(count, 64, epochs, SEED)
+    plan = planned(examples, 64, epochs)
     assert outcome.state.step == len(plan) == steps
     assert outcome.tokens == sum(len(examples[index][0]) for step in plan for index in step)
     model = fresh_model(attention="eager")

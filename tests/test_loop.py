@@ -1,15 +1,10 @@
-"""One worker's steps, and several workers' with a real DeepSpeed engine, against a loop in plain PyTorch."""
-
-import os
-import socket
-from importlib import import_module
+"""One worker's steps against a loop in plain PyTorch; DeepSpeed's engines are in test_deepspeed_engine.py."""
 
 import numpy as np
 import pytest
 import torch
 from reference_training import (
     adamw,
-    assert_moments_are,
     flat_weights,
     mean_loss,
     plain_training,
@@ -21,17 +16,15 @@ from test_per_sample import DTYPES, autocast
 
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.loading import load_adapter
-from gradientspace_ray.models.moments import load_moments, save_moments
 from gradientspace_ray.recipe import TrainingSection
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.training.checkpoints import TrainingRecord, save
 from gradientspace_ray.training.engine import PlainEngine, TrainingError
-from gradientspace_ray.training.loop import Worker, heldout_loss, train
+from gradientspace_ray.training.loop import heldout_loss, train
 from gradientspace_ray.training.schedule import plan_steps
 
 EXAMPLES = random_examples(24)
 STEPS = plan_steps(24, 5, 4, 0)
-STEPS[3] = STEPS[3][:1]  # with two workers, one has nothing to do in this step
 SETTINGS = TrainingSection(learning_rate=1e-2, warmup_share=0.1, weight_decay=0.01, max_grad_norm=0.5)
 SCHEDULE = {"peak": SETTINGS.learning_rate, "warmup_share": SETTINGS.warmup_share}
 RECORD = TrainingRecord(
@@ -155,45 +148,3 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(TrainingError, match="is not finite after 1 steps"):
         save(model, plain_engine(model).weights(), RECORD, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-
-
-def _deepspeed_worker(rank, world_size, port, folder):
-    """Train a few steps with every ZeRO stage; rank 0 writes losses, weights and Adam's moments."""
-    torch.set_num_threads(1)
-    names = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    module = import_module("gradientspace_ray.stages.deepspeed_engine")
-    worker = Worker(rank, world_size)
-    for zero_stage in range(4):
-        model = segmented_model()
-        settings = SETTINGS.model_copy(update={"zero_stage": zero_stage})
-        engine = module.DeepSpeedEngine(model, settings, torch.float32)
-        made = list(train(engine, EXAMPLES, STEPS[:8], **SCHEDULE, tokens_per_batch=60, worker=worker))
-        moments, weights = engine.moments(), engine.weights()
-        if rank == 0:
-            save_moments(moments, folder / f"{zero_stage}")
-            flat = torch.cat([weight.flatten() for weight in weights.values()]).numpy()
-            np.savez(folder / f"{zero_stage}.npz", losses=[step.loss for step in made], weights=flat)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_every_zero_stage_on_two_workers_gives_losses_weights_and_moments_of_a_plain_loop(tmp_path):
-    losses, model, optimizer = plainly_trained(STEPS[:8])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_deepspeed_worker, (2, port, tmp_path), nprocs=2)
-    for zero_stage in range(4):
-        found = np.load(tmp_path / f"{zero_stage}.npz")
-        np.testing.assert_allclose(found["losses"], losses, atol=1e-4, err_msg=f"ZeRO {zero_stage}")
-        np.testing.assert_allclose(found["weights"], flat_weights(model), atol=1e-4, err_msg=f"ZeRO {zero_stage}")
-        assert_moments_are(load_moments(tmp_path / f"{zero_stage}"), model, optimizer, f"ZeRO {zero_stage}:")

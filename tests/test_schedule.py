@@ -2,13 +2,14 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from gradientspace_ray.training.schedule import learning_rate, plan_rows, plan_steps
+from gradientspace_ray.training.schedule import learning_rate, plan_rows, plan_steps, step_size
 
 
 @pytest.mark.parametrize(("total", "share"), [(40, 0.1), (40, 0.0), (7, 0.5), (100, 0.03)])
@@ -38,7 +39,7 @@ def test_learning_rate_of_a_very_short_finetune_is_positive_and_at_most_the_peak
 def test_plan_sees_every_example_once_an_epoch(count, per_step, epochs, seed):
     steps = plan_steps(count, per_step, epochs, seed)
     seen = Counter(index for step in steps for index in step)
-    assert seen.total() == max(1, round(count * epochs))
+    assert abs(seen.total() - max(1, count * epochs)) <= 0.5
     times = [seen[index] for index in range(count)]
     assert max(times) - min(times) <= 1
     assert all(1 <= len(step) <= per_step for step in steps)
@@ -55,6 +56,54 @@ def test_plan_repeats_by_seed_and_every_epoch_has_its_own_order():
     first, second = plan_steps(30, 30, 2, 0)
     assert first != second
     assert sorted(first) == sorted(second)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40),
+    per_step=st.integers(1, 9),
+    epochs=st.floats(0.01, 3.5),
+    seed=st.integers(0, 99),
+)
+def test_a_fraction_of_an_epoch_is_one_of_its_tokens(lengths, per_step, epochs, seed):
+    steps = plan_steps(len(lengths), per_step, epochs, seed, lengths)
+    seen = [index for step in steps for index in step]
+    tokens, wanted = sum(lengths[index] for index in seen), epochs * sum(lengths)
+    assert abs(tokens - wanted) <= max(lengths) / 2 or len(seen) == 1
+    # The order is that of whole epochs, which it leaves early.
+    whole = plan_steps(len(lengths), len(lengths), 4, seed)
+    assert seen == [index for step in whole for index in step][: len(seen)]
+    # One example less, or more, is no nearer.
+    following = whole[len(seen) // len(lengths)][len(seen) % len(lengths)]
+    others = [tokens + lengths[following], *([tokens - lengths[seen[-1]]] if len(seen) > 1 else [])]
+    assert all(abs(tokens - wanted) <= abs(other - wanted) + 1e-6 for other in others)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_whole_epochs_are_whole_whatever_the_lengths(epochs):
+    lengths = np.random.default_rng(0).integers(1, 1000, 37).tolist()
+    assert plan_steps(37, 5, epochs, 7, lengths) == plan_steps(37, 5, epochs, 7)
+    # As a budget gives them, which divides by the tokens of a pass.
+    share = epochs * sum(lengths) * 0.3 / (0.3 * sum(lengths))
+    assert plan_steps(37, 5, share, 7, lengths) == plan_steps(37, 5, epochs, 7)
+
+
+@given(count=st.integers(1, 80), epochs=st.floats(0.05, 4), per_step=st.integers(1, 20), min_steps=st.integers(0, 40))
+def test_steps_are_made_smaller_only_where_there_would_be_too_few(count, epochs, per_step, min_steps):
+    size = step_size(count, epochs, per_step, min_steps)
+    assert 1 <= size <= per_step
+    assert len(plan_steps(count, size, epochs, 0)) >= min_steps or size == 1
+    # The next larger size makes too few, up to what the ends of epochs add.
+    assert size == per_step or count * epochs < (size + 1) * min_steps
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(3, 0.5), (1, 1), (2, 0.1), (100, 2)])
+def test_without_a_least_number_of_steps_their_size_is_as_given(count, epochs):
+    assert step_size(count, epochs, 8, 0) == 8
+
+
+def test_step_size_of_a_known_case():
+    # 40 examples twice are 80: 10 steps of 8, 20 steps of 4, and at most 80 steps of 1.
+    assert [step_size(40, 2, 8, wanted) for wanted in (10, 11, 20, 21, 80, 1000)] == [8, 7, 4, 3, 1, 1]
 
 
 def test_no_examples_is_an_error():

@@ -6,7 +6,6 @@ import logging
 import os
 import struct
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from gradientspace_ray.training import tracking
 from gradientspace_ray.training.engine import TrainingError
-from gradientspace_ray.training.tracking import Connection, Remote, trackers
+from gradientspace_ray.training.tracking import check_trackers, trackers
 
 SETTINGS = {"learning_rate": 5e-4, "workers": 2, "deepspeed": {"zero": {"stage": 1}}}
 VARINT, DOUBLE, BYTES, FLOAT = 0, 1, 2, 5
@@ -146,7 +145,7 @@ def test_a_full_disk_is_told_once_and_ends_no_finetune(tmp_path, monkeypatch, ca
         for step in range(2, 40):
             log(step, {"loss": 2.0})
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: TensorBoard is told no more ([Errno 28] No space left on device); the finetune goes on"
+        "finetune math: tensorboard is told no more ([Errno 28] No space left on device); the finetune goes on"
     ]
 
 
@@ -154,76 +153,14 @@ def test_a_folder_that_cannot_be_made_ends_no_finetune(tmp_path, caplog):
     (tmp_path / "file").touch()
     with opened(["tensorboard"], tmp_path / "file" / "math") as log:
         log(1, {"loss": 2.0})
-    assert "TensorBoard is told no more" in caplog.text
+    assert "tensorboard is told no more ([Errno 20] Not a directory" in caplog.text
 
 
-def test_a_server_that_was_away_is_told_of_every_step(monkeypatch, caplog):
-    monkeypatch.setattr(tracking, "SEND_S", 0.01)
-    monkeypatch.setattr(tracking, "LONGEST_SEND_S", 0.02)
-    told, ends, calls = [], [], []
-    back = threading.Event()
-
-    def connect():
-        calls.append("connect")
-        if len(calls) < 3:
-            raise ConnectionError("away\nfor long")
-        return Connection(send, ends.append)
-
-    def send(points):
-        calls.append("send")
-        if 2 < sum(call == "send" for call in calls) < 6:
-            raise OSError("away again")
-        told.extend((point.step, point.values) for point in points)
-        if told:
-            back.set()
-
-    remote = Remote("Server", connect, (OSError,))
-    remote.log(1, {"loss": np.float64(2.0)})
-    assert back.wait(20)
-    for step in (2, 3):
-        remote.log(step, {"loss": 1.0})
-        time.sleep(0.05)
-    remote.close(False)
-    assert told == [(1, {"loss": 2.0}), (2, {"loss": 1.0}), (3, {"loss": 1.0})]
-    assert ends == [False]
-    assert calls.count("connect") == 3
-    assert [record.getMessage() for record in caplog.records] == [
-        "Server does not take the steps yet (away); the finetune goes on"
-    ]
-
-
-def test_a_server_that_hangs_does_not_hold_the_finetune(monkeypatch, caplog):
-    monkeypatch.setattr(tracking, "FAILED_CLOSE_S", 0.05)
-    hangs = threading.Event()
-
-    def connect():
-        hangs.wait(60)
-        return Connection(len, bool)
-
-    remote = Remote("Server", connect, (OSError,))
-    remote.log(1, {"loss": 2.0})
-    remote.close(True)
-    assert "did not take the last steps within 0 s" in caplog.text
-    hangs.set()
-    remote._thread.join(10)
-
-
-def test_what_waits_for_a_server_is_bounded(monkeypatch, caplog):
-    monkeypatch.setattr(tracking, "SEND_S", 0.01)
-    monkeypatch.setattr(tracking, "MAX_WAITING", 5)
-    monkeypatch.setattr(tracking, "LAST_WAIT_S", 0.0)
-
-    def away():
-        raise OSError
-
-    remote = Remote("Server", away, (OSError,))
-    for step in range(1, 100):
-        remote.log(step, {"loss": 2.0})
-    remote.close(False)
-    assert [record.getMessage() for record in caplog.records] == [
-        "Server does not take the steps yet (OSError); the finetune goes on",
-        "Server was not told of the last 5 steps, or not of the end",
-    ]
+def test_an_error_of_the_finetune_is_not_taken_for_a_tracker_s(tmp_path):
+    with pytest.raises(OSError, match="of the finetune"), opened(["tensorboard"], tmp_path) as log:
+        log(1, {"loss": 2.0})
+        raise OSError("of the finetune")
+    assert shown(tmp_path) == {"loss": {1: 2.0}}
 
 
 @pytest.fixture(scope="module")
@@ -283,23 +220,57 @@ def test_mlflow_keeps_one_run_over_all_tries_of_a_finetune(store, tmp_path):
     assert stored(store, "f" * 16)[1] == {"loss": [(1, 1.0)]}
 
 
-def test_mlflow_takes_many_steps_at_once(store, tmp_path):
-    with opened(["mlflow"], tmp_path, key="e" * 16) as log:
+def test_mlflow_has_the_steps_while_the_finetune_runs(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "SEND_S", 0.0)
+    with opened(["mlflow"], tmp_path, key="e" * 16, settings={"deepspeed": "z" * 9000}) as log:
+        log(1, {"loss": 2.0})
+        run, history = stored(store, "e" * 16)
+        assert (run.info.status, history) == ("RUNNING", {"loss": [(1, 2.0)]})
+
+
+def test_mlflow_takes_thousands_of_values_at_the_end(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "SEND_S", 600.0)
+    with opened(["mlflow"], tmp_path, key="d" * 16) as log:
         for step in range(1, 1201):
             log(step, {"loss": step / 2, "grad_norm": 1.0})
-    assert stored(store, "e" * 16)[1]["loss"] == [(step, step / 2) for step in range(1, 1201)]
+    assert stored(store, "d" * 16)[1]["loss"] == [(step, step / 2) for step in range(1, 1201)]
 
 
-def test_an_mlflow_server_that_is_away_ends_no_finetune(tmp_path, monkeypatch, caplog):
-    pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("http://127.0.0.1:9", "API request to http://127.0.0.1:9/"),
+        ("nowhere://", "Model registry functionality is unavailable"),
+        ("sqlite:///garbage.db", "(sqlite3.DatabaseError) file is not a database"),
+        ("sqlite:////proc/nowhere/mlflow.db", "[Errno 2] No such file or directory"),
+    ],
+)
+def test_an_mlflow_that_cannot_be_opened_ends_no_finetune(store, tmp_path, monkeypatch, caplog, uri, reason):
+    (tmp_path / "garbage.db").write_text("not a database" * 100)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "LAST_WAIT_S", 0.0)
-    with caplog.at_level(logging.WARNING, tracking.__name__), opened(["mlflow"], tmp_path) as log:
+    with caplog.at_level(logging.WARNING, tracking.__name__), opened(["mlflow", "tensorboard"], tmp_path / "tb") as log:
         log(1, {"loss": 2.0})
-    told = [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
-    assert told[0].startswith("MLflow does not take the steps yet (API request to ")
-    assert told[1:] == ["MLflow was not told of the last 1 steps, or not of the end"]
+    (warning,) = told(caplog)
+    assert reason.strip() in warning
+    assert warning.startswith("finetune math: mlflow is told no more (")
+    assert shown(tmp_path / "tb") == {"loss": {1: 2.0}}
+
+
+def test_an_mlflow_that_goes_away_is_told_no_more(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "SEND_S", 0.0)
+    with caplog.at_level(logging.WARNING, tracking.__name__), opened(["mlflow"], tmp_path, key="c" * 16) as log:
+        log(1, {"loss": 2.0})
+        store.delete_run(stored(store, "c" * 16)[0].info.run_id)
+        for step in range(2, 9):
+            log(step, {"loss": 2.0})
+    (warning,) = told(caplog)
+    assert "mlflow is told no more (The run" in warning
 
 
 def logged(path):
@@ -344,11 +315,11 @@ def test_wandb_keeps_the_values_in_files_when_it_is_offline(tmp_path, monkeypatc
 
 def test_wandb_is_told_of_no_step_twice(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    told, options = [], {}
+    calls, options = [], {}
     run = SimpleNamespace(
         step=5,
-        log=lambda values, step: told.append((step, values)),
-        finish=lambda exit_code: told.append(exit_code),
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda exit_code: calls.append(exit_code),
     )
     monkeypatch.setattr(wandb, "init", lambda **given: options.update(given) or run)
 
@@ -360,18 +331,48 @@ def test_wandb_is_told_of_no_step_twice(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert told == [(5, {"loss": 1.0}), (6, {"loss": 1.0}), 1]
+    assert calls == [(5, {"loss": 1.0}), (6, {"loss": 1.0}), 1]
     assert (options["id"], options["resume"]) == ("0123456789abcdef", "allow")
+
+
+@pytest.mark.parametrize("error", ["CommError", "UsageError"])
+def test_a_wandb_that_refuses_ends_no_finetune(tmp_path, monkeypatch, caplog, error):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise getattr(wandb.errors, error)("refused\nfor a long reason")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with caplog.at_level(logging.WARNING, tracking.__name__), opened(["wandb"], tmp_path) as log:
+        log(1, {"loss": 2.0})
+    assert told(caplog) == ["finetune math: wandb is told no more (refused); the finetune goes on"]
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_a_missing_package_is_named_with_its_mend(tmp_path, monkeypatch, name):
+    mend = rf"^trackers: {name} cannot be loaded \(not installed\); pip install 'gradientspace-ray\[{name}\]'$"
     monkeypatch.setitem(sys.modules, name, None)
-    with (
-        pytest.raises(TrainingError, match=rf"trackers: {name} .*; pip install 'gradientspace-ray\[{name}\]'$"),
-        opened(["tensorboard", name], tmp_path),
-    ):
+    with pytest.raises(TrainingError, match=mend):
+        check_trackers(["tensorboard", name])
+    with pytest.raises(TrainingError, match=mend), opened(["tensorboard", name], tmp_path / "math"):
         pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_package_that_does_not_load_is_named_with_its_mend(store, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow.entities", None)
+    with pytest.raises(
+        TrainingError, match=r"^trackers: mlflow cannot be loaded \(.*mlflow\.entities.*\); pip install"
+    ):
+        with opened(["mlflow"], tmp_path):
+            pass
+
+
+def test_installed_trackers_are_found():
+    pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
+    check_trackers(["tensorboard", "mlflow", "wandb"])
+    check_trackers([])
 
 
 def test_without_trackers_nothing_is_written(tmp_path):

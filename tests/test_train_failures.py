@@ -2,18 +2,24 @@
 
 import shutil
 import subprocess
+from unittest.mock import MagicMock
 
 import pytest
+import ray
 import torch
+from ray.train import WorkerGroupError
 from test_train_stage import EXAMPLES, EXPERTS, WARMUP, on_ray, recipe_for, record, write_examples
 
+from gradientspace_ray.models.moments import AdamMoments
 from gradientspace_ray.models.reading import is_out_of_memory
-from gradientspace_ray.recipe import TrainingSection
+from gradientspace_ray.recipe import RecipeError, TrainingSection
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.stages import train
-from gradientspace_ray.stages.finetune_worker import Finetune, _explained
+from gradientspace_ray.stages.finetune_worker import Finetune, _explained, _Observer, _read_latest
+from gradientspace_ray.stages.finetunes import _reason
 from gradientspace_ray.training.engine import TrainingError
+from gradientspace_ray.training.state import TrainingState, save_state
 
 DISK_BYTES = 4 * 2**20
 
@@ -46,6 +52,67 @@ def test_other_errors_pass_as_they_are(tmp_path):
         (tmp_path / "missing").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"experts": {"start": "fresh"}, "single_lora": {"start": "generalist"}},
+            "single_lora.start generalist would have tokens that experts.start fresh has not; give fresh",
+        ),
+        (
+            {"budget": {"generalist_share": 0.3}},
+            "budget.generalist_share needs budget.tokens; or set warmup.epochs and experts.epochs",
+        ),
+        (
+            {"warmup": {"workers": 2}, "compute": {"device": "cuda", "gpus_per_worker": 0.5}},
+            "warmup.workers above 1 need compute.gpus_per_worker 1: DeepSpeed gives each its own GPU",
+        ),
+        (
+            {"experts": {"deepspeed": {"zero_optimization": {"stage": 3}}}},
+            "experts.deepspeed: zero_optimization.stage is decided by experts.zero_stage; leave it out there",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other_are_told_before_anything_starts(tmp_path, changes, message):
+    recipe = recipe_for(tmp_path, **changes)
+    with pytest.raises(RecipeError) as error:
+        train.check(recipe)
+    assert str(error.value) == message
+
+
+def test_a_finetune_is_named_with_the_reason_of_the_worker_that_failed_first():
+    broken = RuntimeError("Connection closed by peer [127.0.0.1]:1")
+    dead = ray.exceptions.RayActorError(error_msg="The actor died")
+    explained = TrainingError("out of memory; lower it")
+
+    def reason(*failures):
+        return _reason(WorkerGroupError("", dict(enumerate(failures))), finetune())
+
+    assert reason(broken, dead, explained) == "out of memory; lower it"
+    mend = "if memory ran out, lower experts.tokens_per_batch or experts.max_concurrent"
+    assert reason(broken, dead) == f"a worker died (The actor died); {mend}"
+    assert reason(broken, ValueError("a bad value")) == "a bad value"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_what_is_above_a_saved_one_goes(tmp_path):
+    run, plan = RunDirectory(tmp_path), finetune()
+    weights, first, second = ({"x.lora_A.weight": torch.full((2,), value)} for value in (1.0, 2.0, 3.0))
+    moments = AdamMoments(first, second, 3, (0.9, 0.999), 1e-8)
+    for steps in (3, 5):
+        state = TrainingState((1.0,) * steps, (), 1.0, weights, moments, None)
+        save_state(state, tmp_path / plan.checkpoints / f"{steps:08d}")
+    assert _read_latest(run, plan).step == 5
+    tensors = tmp_path / plan.checkpoints / "00000005" / "state.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"\0\0")
+    assert _read_latest(run, plan).step == 3
+    board, state = MagicMock(), TrainingState((1.0,) * 4, (), 1.0, weights, moments, None)
+    _Observer(run, plan, board, tmp_path, lambda step, values: None).save(state)
+    assert run.names(plan.checkpoints) == ["00000004"]
+    assert _read_latest(run, plan).step == 4
+    run.delete(plan.checkpoints)
+    assert _read_latest(run, plan) is None
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own with room for a few adapters."""
@@ -72,7 +139,7 @@ def test_a_full_disk_is_told_and_what_is_committed_stays_until_there_is_room(ray
     generalist = adapter_digest(run.fetch("generalist"))
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 40_000))
-    with pytest.raises(TrainingError, match=r"low-bytes: no space is left for \S+; make room there") as error:
+    with pytest.raises(TrainingError, match=r"low-bytes: no space is left for .*; make room there") as error:
         train.experts(recipe, run)
     assert "\n" not in str(error.value)
     assert adapter_digest(run.fetch("generalist")) == generalist

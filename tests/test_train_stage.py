@@ -52,6 +52,7 @@ def write_examples(run, examples, clusters=CLUSTERS):
         "input_ids": pa.array([ids for ids, _ in examples], pa.list_(pa.int32())),
         "labels": pa.array([labels for _, labels in examples], pa.list_(pa.int32())),
         "tokens": pa.array([len(ids) for ids, _ in examples], pa.int32()),
+        "split_key": pa.array([f"question {index // 2}" for index in range(len(examples))]),
     }
     run.write_table("examples/train.parquet", pa.table(columns))
     run.write_table(
@@ -219,12 +220,12 @@ def test_the_single_lora_sees_what_the_experts_see_and_the_generalist_everything
         assert own["single_lora"] == own[0] + own[1]
     assert plans["some"]["single_lora"].key != plans["all"]["single_lora"].key
 
-    table = examples_of(empty_run, "experts", None, 0.0, SEED, ["input_ids"])[0]
+    table = examples_of(recipe, empty_run, "experts", None, ["input_ids"])[0]
     kept = [list(ids) for place, (ids, _) in enumerate(EXAMPLES) if place not in left_out]
     assert table["input_ids"].to_pylist() == kept
     write_examples(empty_run, EXAMPLES, [0] * len(EXAMPLES))
     with pytest.raises(TrainingError, match=r"cluster 1 of clusters/assignments.parquet holds no training examples"):
-        examples_of(empty_run, "experts", 1, 0.0, SEED, ["input_ids"])
+        examples_of(recipe, empty_run, "experts", 1, ["input_ids"])
 
 
 @on_ray

@@ -1,6 +1,7 @@
 """One worker of a finetune, inside of a Ray Train run: it loads, trains, saves checkpoints, and commits the adapter."""
 
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -20,8 +21,11 @@ import ray.train.torch
 import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 
+from gradientspace_ray.examples.splits import hashed_position
 from gradientspace_ray.models import loading
+from gradientspace_ray.models.attention import UnsupportedModelError
 from gradientspace_ray.models.checkpointing import activation_checkpointing
 from gradientspace_ray.models.reading import is_out_of_memory
 from gradientspace_ray.recipe import Recipe, TrainingSection, parse_recipe
@@ -32,17 +36,18 @@ from gradientspace_ray.training import checkpoints
 from gradientspace_ray.training.engine import TrainingError, set_weights
 from gradientspace_ray.training.finetune import Data, PreemptedError, finetune
 from gradientspace_ray.training.loop import Step, Worker
-from gradientspace_ray.training.schedule import heldout_part
 from gradientspace_ray.training.state import STATE_FILE, CheckpointError, TrainingState, load_state, save_state
 from gradientspace_ray.training.tracking import trackers
 
 log = logging.getLogger(__name__)
 TRAIN_FILE, ASSIGNMENTS = "examples/train.parquet", "clusters/assignments.parquet"
 EXPERTS, CHECKPOINTS, EVENTS = "experts", "checkpoints", "tensorboard"
+HELD_OUT = "held out: "
+"""Purpose of a hash, see `hashed_position`."""
 # The second part of a seed: one recipe seed gives independent orders to the stages.
 ORDER_PURPOSE = {"warmup": 1, "experts": 2}
 # Mistakes that a second try would repeat, but that one worker of several may meet alone.
-LASTING_ERRORS = (loading.ModelError, RunError)
+LASTING_ERRORS = (loading.ModelError, UnsupportedModelError, RunError)
 
 
 class Finetune(BaseModel):
@@ -71,35 +76,44 @@ class Finetune(BaseModel):
 
 
 def examples_of(
-    run: RunDirectory, section: str, cluster: int | None, heldout_share: float, seed: int, columns: list[str]
+    recipe: Recipe, run: RunDirectory, section: str, cluster: int | None, columns: list[str]
 ) -> tuple[pa.Table, pa.Table]:
     """Columns of what a finetune trains on, and of what it holds out, in the order of the file.
 
-    The single LoRA is measured against the experts, so it sees what they see, part for part: no outlier, whose cluster
-    is -1.
+    The generalist trains on nothing that an expert holds out, or the expert's loss there would be of what it knows. The
+    single LoRA is measured against the experts, so it sees what they see: no outlier, whose cluster is -1.
+
+    Args:
+        recipe: its `heldout_share` of both sections counts.
+        run: examples, and clusters unless the section is `warmup`.
+        section: `warmup` or `experts`.
+        cluster: None for all.
+        columns: of `examples/train.parquet`.
 
     Raises:
         TrainingError: there is nothing to train on.
     """
-    grouping = ["group", "prompt"] if heldout_share else []
-    table = run.read_table(TRAIN_FILE, columns=list({"id", *columns, *grouping}))
-    clusters_N = np.zeros(table.num_rows, dtype=np.int64)
+    share = getattr(recipe, section).heldout_share
+    most = max(recipe.warmup.heldout_share, recipe.experts.heldout_share) if section == "warmup" else share
+    table = run.read_table(TRAIN_FILE, columns=list({"id", *columns, *(["split_key"] if most else [])}))
+    own_N = np.ones(table.num_rows, dtype=bool)
     if section == "experts":
         found = run.read_table(ASSIGNMENTS, columns=["id", "cluster"])
         places = pc.index_in(table["id"], value_set=found["id"].combine_chunks())
-        clusters_N = pc.fill_null(pc.take(found["cluster"], places), -1).to_numpy().astype(np.int64)
-    heldout_N = np.zeros(table.num_rows, dtype=bool)
-    if heldout_share:
-        groups = np.array(pc.coalesce(table["group"], table["prompt"]).to_pylist(), dtype=object)
-        for place in np.unique(clusters_N[clusters_N >= 0]):
-            members = np.flatnonzero(clusters_N == place)
-            heldout_N[members[heldout_part(groups[members].tolist(), heldout_share, seed)]] = True
-    own_N = clusters_N >= 0 if cluster is None else clusters_N == cluster
-    if not own_N.any():
+        clusters_N = pc.fill_null(pc.take(found["cluster"], places), -1).to_numpy()
+        own_N = clusters_N >= 0 if cluster is None else clusters_N == cluster
+    position_N = np.ones(table.num_rows)
+    if most:
+        position_N = np.array([hashed_position(key, HELD_OUT) for key in table["split_key"].to_pylist()])
+    trained_N = own_N & (position_N >= most)
+    if not trained_N.any():
         where = TRAIN_FILE if cluster is None else f"cluster {cluster} of {ASSIGNMENTS}"
-        raise TrainingError(f"{run.path()}: {where} holds no training examples; run the stage that makes it again")
+        less = f", or lower {section}.heldout_share" if own_N.any() else ""
+        raise TrainingError(
+            f"{run.path()}: {where} holds no training examples; run the stage that makes it again{less}"
+        )
     table = table.select(columns)
-    return table.filter(pa.array(own_N & ~heldout_N)), table.filter(pa.array(own_N & heldout_N))
+    return table.filter(pa.array(trained_N)), table.filter(pa.array(own_N & (position_N < share)))
 
 
 def work(config: dict[str, Any]) -> dict[str, str] | None:
@@ -141,10 +155,12 @@ def _explained(run: RunDirectory, plan: Finetune) -> Iterator[None]:
             f"out of memory; lower {section}.tokens_per_batch (now {settings.tokens_per_batch}){more}, "
             f"or raise {section}.zero_stage with more {section}.workers"
         ) from error
-    except OSError as error:
-        if error.errno != ENOSPC:
+    except (OSError, SafetensorError) as error:
+        # safetensors has errors of its own for what the system says.
+        if getattr(error, "errno", None) != ENOSPC and os.strerror(ENOSPC) not in str(error):
             raise
-        raise _AloneError(f"no space is left for {error.filename or run.path()}; make room there") from error
+        place = getattr(error, "filename", None) or f"{run.path()} or {tempfile.gettempdir()}"
+        raise _AloneError(f"no space is left for {place}; make room there") from error
 
 
 def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: Any) -> None:
@@ -171,9 +187,9 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: 
             seed=[recipe.seed, ORDER_PURPOSE[plan.section]],
             worker=worker,
             state=state,
-            on_step=observer.on_step,
-            save=observer.save,
             must_leave=_must_leave,
+            on_step=observer.on_step if observer else None,
+            save=observer.save if observer else None,
         )
     if worker.world_rank == 0:
         record = checkpoints.TrainingRecord(
@@ -193,6 +209,8 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: 
         )
         _commit(run, plan, model, record, outcome.state)
         run.delete(plan.checkpoints)
+        # One that stopped early is done, too.
+        board.report.remote(plan.name, record.steps, record.steps, f"loss {record.losses[-1]:.2f}")
 
 
 def _must_leave(step: Step) -> bool:
@@ -201,38 +219,25 @@ def _must_leave(step: Step) -> bool:
 
 
 def _data(run: RunDirectory, recipe: Recipe, plan: Finetune) -> Data:
-    share = plan.settings.heldout_share
-    tables = examples_of(run, plan.section, plan.cluster, share, recipe.seed, ["input_ids", "labels"])
+    tables = examples_of(recipe, run, plan.section, plan.cluster, ["input_ids", "labels"])
     return Data(*(list(zip(t["input_ids"].to_pylist(), t["labels"].to_pylist(), strict=True)) for t in tables))
 
 
 def _latest(run: RunDirectory, plan: Finetune, worker: Worker) -> TrainingState | None:
-    """The last whole checkpoint, the same one on every worker; None where there is none."""
-    for name in reversed(_agreed(run.names(plan.checkpoints), worker)):
+    """The last whole checkpoint, which the first worker reads for all of them; None where there is none."""
+    found = [_read_latest(run, plan) if worker.world_rank == 0 else None]
+    if worker.world_size > 1:
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def _read_latest(run: RunDirectory, plan: Finetune) -> TrainingState | None:
+    for name in reversed(run.names(plan.checkpoints)):
         try:
             return load_state(run.fetch(f"{plan.checkpoints}/{name}"))
         except (CheckpointError, RunError) as error:
             log.warning("%s: an earlier checkpoint is taken: %s", plan.name, error)
     return None
-
-
-def _agreed(names: list[str], worker: Worker) -> list[str]:
-    """What the first worker sees, while all of them look at a store that may change."""
-    if worker.world_size == 1:
-        return names
-    shared = [names]
-    torch.distributed.broadcast_object_list(shared)
-    return shared[0]
-
-
-class _Silent:
-    """What the other workers tell: nothing."""
-
-    def on_step(self, step: Step, heldout: float | None) -> None:
-        """See `training.finetune.finetune`."""
-
-    def save(self, state: TrainingState) -> None:
-        """See `training.finetune.finetune`."""
 
 
 class _Observer:
@@ -257,45 +262,55 @@ class _Observer:
 
     def save(self, state: TrainingState) -> None:
         """See `training.finetune.finetune`; the checkpoint before goes when this one is whole."""
-        run, folder = self._run, self._plan.checkpoints
-        with run.staged(f"{folder}/{state.step:08d}", last=STATE_FILE) as staged:
+        run, folder, name = self._run, self._plan.checkpoints, f"{state.step:08d}"
+        with run.staged(f"{folder}/{name}", last=STATE_FILE) as staged:
             save_state(state, staged)
-        run.delete(*(f"{folder}/{name}" for name in run.names(folder)[:-1]))
+        # What is above this step was cut off on its way, or it would have been gone on with.
+        run.delete(*(f"{folder}/{other}" for other in run.names(folder) if other != name))
         self.put_events()
 
     def put_events(self) -> None:
         """Bring TensorBoard's files to where the run is, unless they are written there."""
-        if not self._run.is_local:
+        if self._run.is_local:
+            return
+        try:
             for file in self._events.iterdir():
                 self._run.write_bytes(f"{EVENTS}/{self._plan.name}/{file.name}", file.read_bytes())
+        except OSError as error:
+            log.warning("%s: curves are not in the run directory yet: %s", self._plan.name, error)
 
 
 @contextmanager
 def _observed(
     recipe: Recipe, run: RunDirectory, plan: Finetune, board: Any, start_step: int, worker: Worker
-) -> Iterator[_Observer | _Silent]:
+) -> Iterator[_Observer | None]:
+    """What tells of the steps, on the first worker; None on the others."""
     if worker.world_rank:
-        yield _Silent()
+        yield None
         return
+    board.begin.remote(plan.name, start_step, plan.steps)
     board.report.remote(plan.name, start_step, plan.steps, "loading")
     folder = f"{EVENTS}/{plan.name}"
     if not start_step:
         run.delete(folder)
     with tempfile.TemporaryDirectory(prefix="gradientspace-") as scratch:
-        events = Path(run.path(folder) if run.is_local else scratch)
-        with trackers(
-            recipe.trackers,
-            folder=events,
-            run_name=recipe.name,
-            finetune=plan.name,
-            # One recipe may have two run directories, whose curves are not one.
-            key=digest_of([run.uri, plan.key]),
-            settings=plan.settings.model_dump(mode="json"),
-            start_step=start_step,
-        ) as tell:
-            observer = _Observer(run, plan, board, events, tell)
-            yield observer
-        observer.put_events()
+        observer = None
+        try:
+            with trackers(
+                recipe.trackers,
+                folder=(events := Path(run.path(folder) if run.is_local else scratch)),
+                run_name=recipe.name,
+                finetune=plan.name,
+                # One recipe may have two run directories, whose curves are not one.
+                key=digest_of([run.uri, plan.key]),
+                settings=plan.settings.model_dump(mode="json"),
+                start_step=start_step,
+            ) as tell:
+                observer = _Observer(run, plan, board, events, tell)
+                yield observer
+        finally:
+            if observer:
+                observer.put_events()
 
 
 def _commit(

@@ -4,6 +4,8 @@ One that fails leaves the others alone, and Ctrl-C ends them all. What is commit
 everything that decides it: a run that starts again trains only what is missing, each from its last checkpoint.
 """
 
+import os
+import shlex
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -19,13 +21,17 @@ from gradientspace_ray.errors import one_line
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.registry import committed_digest
 from gradientspace_ray.run import RunDirectory, RunError
-from gradientspace_ray.stages.finetune_worker import CHECKPOINTS, EXPERTS, Finetune, work
+from gradientspace_ray.stages.finetune_worker import CHECKPOINTS, EXPERTS, LASTING_ERRORS, Finetune, work
 from gradientspace_ray.stages.progress import on_this_node, watched_board
 from gradientspace_ray.training import checkpoints
 from gradientspace_ray.training.engine import TrainingError
 
 FAILURES = "failures"
 STOP_TIMEOUT_S = 15.0
+TRACKERS_ENV = ("MLFLOW_", "WANDB_")
+"""Prefixes of what sets the trackers up where the driver runs; their clients are in the workers."""
+BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer")
+"""What workers say whose fellow has died."""
 LAUNCHER_ENV = {
     # The controller asks its workers for news this often; the default of two seconds is long beside a short finetune.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -52,20 +58,27 @@ def train_missing(
     missing = [finetune for finetune in finetunes if made[finetune.name] is None]
     missing.sort(key=lambda finetune: finetune.tokens, reverse=True)
     kept = {finetune.checkpoints for finetune in missing}
-    run.delete(FAILURES, *({f"{CHECKPOINTS}/{name}" for name in run.names(CHECKPOINTS)} - kept))
+    run.delete(FAILURES, *(folder for folder in _checkpoints(run, finetunes) if folder not in kept))
     failures = _run_bounded(recipe, run, missing, concurrent) if missing else {}
     if failures:
         listed = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
         raise TrainingError(
             f"{len(failures)} of {len(finetunes)} finetunes failed ({listed}; tracebacks in {run.path(FAILURES)}); "
-            f"mend that, then: gradientspace resume {run.uri}"
+            f"mend that, then: gradientspace resume {shlex.quote(run.uri)}, with --set for keys of the recipe"
         )
-    run.delete(CHECKPOINTS)
+    run.delete(*_checkpoints(run, finetunes))
     made |= {finetune.name: committed(run, finetune) for finetune in missing}
     lost = [name for name, adapter in made.items() if adapter is None]
     if lost:
         raise TrainingError(f"{run.path()}: {', '.join(lost)} was trained but is not there; run again")
     return {name: adapter for name, adapter in made.items() if adapter}
+
+
+def _checkpoints(run: RunDirectory, finetunes: Sequence[Finetune]) -> list[str]:
+    """Folders of checkpoints of this stage, whatever clusters they are of; the warm-up has but the generalist's."""
+    alone = [finetune.name for finetune in finetunes if finetune.section == "warmup"]
+    names = run.names(CHECKPOINTS)
+    return [f"{CHECKPOINTS}/{name}" for name in names if not alone or name.rpartition(".")[0] in alone]
 
 
 def committed(run: RunDirectory, finetune: Finetune) -> checkpoints.Committed | None:
@@ -92,6 +105,7 @@ def _run_bounded(recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune
     # Ray Train's watchdog asks the State API whether its controller lives, and without this address it asks the newest
     # Ray on the machine: when that is another one, it hears of no such controller and kills the workers.
     environment = LAUNCHER_ENV | {"RAY_API_SERVER_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith(TRACKERS_ENV)}
     # Beside the driver, a launcher and its controller die with it, and with no other machine.
     launch = _launch.options(runtime_env={"env_vars": environment}, scheduling_strategy=on_this_node())
     waiting = list(finetunes)
@@ -110,6 +124,7 @@ def _run_bounded(recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune
                 failure = _outcome(done)
                 if failure:
                     failures[finetune.name] = failure
+                    board.begin.remote(finetune.name, 0, finetune.steps)
                     board.report.remote(finetune.name, 0, finetune.steps, f"failed: {failure}")
         finally:
             # Only Ctrl-C or an error leaves any.
@@ -149,7 +164,7 @@ def _launch(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any) -> str
                 reraise=True,
             )(trainer.fit).return_value  # type: ignore[attr-defined]
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-            return _noted(run, finetune, traceback.format_exc(), _reason(error))
+            return _noted(run, finetune, traceback.format_exc(), _reason(error, finetune))
     return _noted(run, finetune, failure["traceback"], failure["reason"]) if failure else None
 
 
@@ -189,7 +204,16 @@ def _trainer(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any, stora
     )
 
 
-def _reason(error: Exception) -> str:
-    """What the first failed worker said last, in one line."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    return one_line(next(iter(failures.values())))
+def _reason(error: Exception, finetune: Finetune) -> str:
+    """What the worker that failed first said, in one line: it takes the others with it."""
+    failures = list((getattr(error, "worker_failures", None) or {0: error}).values())
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    explained = next((cause for cause in causes if isinstance(cause, (TrainingError, *LASTING_ERRORS))), None)
+    if explained:
+        return one_line(explained)
+    dead = next((cause for cause in causes if isinstance(cause, ray.exceptions.RayActorError)), None)
+    if dead:
+        mend = f"lower {finetune.section}.tokens_per_batch or experts.max_concurrent"
+        return f"a worker died ({one_line(dead)}); if memory ran out, {mend}"
+    causes.sort(key=lambda cause: any(sign in str(cause) for sign in BROKEN_CONNECTION))
+    return one_line(causes[0])

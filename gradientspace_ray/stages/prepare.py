@@ -1,6 +1,5 @@
 """Sources -> examples: read, render, reject, and split, once and before anything is trained."""
 
-import hashlib
 import itertools
 import json
 import threading
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from gradientspace_ray.examples.formats import Record, Rejected, read_source
 from gradientspace_ray.examples.rendering import IGNORED, Message, Renderer, RenderingError, example_id, prompt_view
+from gradientspace_ray.examples.splits import hashed_position
 from gradientspace_ray.models.bundled import is_installed
 from gradientspace_ray.models.loading import load_tokenizer
 from gradientspace_ray.recipe import DataSection, Recipe
@@ -41,9 +41,10 @@ SCHEMA = pa.schema(
         "source": pa.string(),
         "domain": pa.string(),
         "group": pa.string(),
+        "split_key": pa.string(),
     }
 )
-DECISIVE = ("id", "input_ids", "labels", "prompt", "domain")
+DECISIVE = ("id", "input_ids", "labels", "prompt", "domain", "split_key")
 """Columns that later stages compute with: a change in one of them makes their outputs stale."""
 
 
@@ -100,8 +101,7 @@ def split_of(key: str, data: DataSection) -> str:
 
     Keys that differ in case or spacing stay together; no other example has a say.
     """
-    words = " ".join(key.lower().split())
-    position = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") / 2**64
+    position = hashed_position(key)
     if position < data.test_share:
         return "test"
     return "validation" if position < data.test_share + data.validation_share else "train"

@@ -8,7 +8,7 @@ import ray
 
 from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.models.merging import write_merged
-from gradientspace_ray.recipe import ExpertsSection, Recipe, TrainingSection
+from gradientspace_ray.recipe import BudgetSection, ExpertsSection, Recipe, RecipeError, TrainingSection
 from gradientspace_ray.registry import committed_digest
 from gradientspace_ray.run import RunDirectory, Summary, digest_of
 from gradientspace_ray.stages.deepspeed_engine import configuration
@@ -17,6 +17,7 @@ from gradientspace_ray.stages.finetunes import train_missing
 from gradientspace_ray.training.budget import experts_settings, one_expert, single_lora_settings, warmup_settings
 from gradientspace_ray.training.checkpoints import Committed
 from gradientspace_ray.training.schedule import plan_steps
+from gradientspace_ray.training.tracking import check_trackers
 
 QUALITY = "clusters/quality.json"
 GENERALIST, SINGLE_LORA, MERGED = "generalist", "single_lora", "merged"
@@ -26,13 +27,23 @@ NOT_IN_KEY = SPEED_SETTINGS | {"max_concurrent", "merge", "start", "min_steps"}
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what would fail when the hours before it are spent.
+    """Refuse what would fail, or mean nothing, when the hours before it are spent.
 
     Raises:
-        RecipeError: `deepspeed` of a section contradicts the recipe.
+        RecipeError: two keys contradict each other.
+        TrainingError: a tracker is not installed.
     """
-    configuration(recipe.warmup, "warmup")
-    configuration(recipe.experts, "experts")
+    for name, section in (("warmup", recipe.warmup), ("experts", recipe.experts)):
+        configuration(section, name)
+        if section.workers > 1 and recipe.compute.device == "cuda" and recipe.compute.gpus_per_worker != 1:
+            raise RecipeError(
+                f"{name}.workers above 1 need compute.gpus_per_worker 1: DeepSpeed gives each its own GPU"
+            )
+    if recipe.single_lora.start == "generalist" and recipe.experts.start == "fresh":
+        raise RecipeError("single_lora.start generalist would have tokens that experts.start fresh has not; give fresh")
+    if recipe.budget.tokens is None and recipe.budget != BudgetSection():
+        raise RecipeError("budget.generalist_share needs budget.tokens; or set warmup.epochs and experts.epochs")
+    check_trackers(recipe.trackers)
 
 
 def warmup(recipe: Recipe, run: RunDirectory) -> Summary:
@@ -69,8 +80,10 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
     merged = _merge(recipe, run, [adapter for name, adapter in made.items() if name != SINGLE_LORA])
     records = {name: adapter.record for name, adapter in made.items() if name != SINGLE_LORA}
     baseline = " and the single LoRA" if recipe.single_lora.train else ""
+    whole = [name for name, record in records.items() if not record.heldout_examples]
+    unwatched = f"; too small for a held-out part: {', '.join(whole)}" if whole and recipe.experts.heldout_share else ""
     return Summary(
-        made=f"{len(records)} experts{baseline}: {', '.join(records)}",
+        made=f"{len(records)} experts{baseline}: {', '.join(records)}{unwatched}",
         counts={
             "experts": len(records),
             "steps": sum(record.steps for record in records.values()),
@@ -83,19 +96,19 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
 
 def plan_generalist(recipe: Recipe, run: RunDirectory) -> Finetune:
     """The warm-up's finetune."""
-    settings = warmup_settings(recipe.warmup, recipe.budget, _tokens(recipe, run, "warmup", recipe.warmup))
+    settings = warmup_settings(recipe.warmup, recipe.budget, _tokens(recipe, run, "warmup"))
     return _plan(recipe, run, GENERALIST, "warmup", settings, None, None)
 
 
 def plan_experts(recipe: Recipe, run: RunDirectory) -> list[Finetune]:
     """A finetune for each cluster, and the baseline's."""
     names = run.read_json(QUALITY)["names"]
-    tokens = _tokens(recipe, run, "experts", recipe.experts)
+    tokens = _tokens(recipe, run, "experts")
     settings = experts_settings(recipe.experts, recipe.budget, tokens)
     start = GENERALIST if settings.start == "generalist" else None
     finetunes = [_plan(recipe, run, name, "experts", settings, cluster, start) for cluster, name in enumerate(names)]
     if recipe.single_lora.train:
-        all_tokens = _tokens(recipe, run, "warmup", recipe.warmup)
+        all_tokens = _tokens(recipe, run, "warmup")
         warmup = warmup_settings(recipe.warmup, recipe.budget, all_tokens)
         baseline = single_lora_settings(recipe.single_lora, warmup, settings, all_tokens, tokens)
         start = GENERALIST if recipe.single_lora.start == "generalist" else None
@@ -103,9 +116,9 @@ def plan_experts(recipe: Recipe, run: RunDirectory) -> list[Finetune]:
     return finetunes
 
 
-def _tokens(recipe: Recipe, run: RunDirectory, section: str, settings: TrainingSection) -> int:
+def _tokens(recipe: Recipe, run: RunDirectory, section: str) -> int:
     """Of one pass over the examples of all finetunes of a section."""
-    table = examples_of(run, section, None, settings.heldout_share, recipe.seed, ["tokens"])[0]
+    table = examples_of(recipe, run, section, None, ["tokens"])[0]
     tokens: int = pc.sum(table["tokens"]).as_py()
     return tokens
 
@@ -119,22 +132,23 @@ def _plan(
     cluster: int | None,
     start: str | None,
 ) -> Finetune:
-    table, heldout = examples_of(run, section, cluster, settings.heldout_share, recipe.seed, ["id", "tokens"])
+    table, heldout = examples_of(recipe, run, section, cluster, ["id", "tokens"])
     if cluster is not None and isinstance(settings, ExpertsSection):
         settings = one_expert(settings, table.num_rows)
+    tokens = table["tokens"].to_pylist()
+    seed = [recipe.seed, ORDER_PURPOSE[section]]
+    steps = plan_steps(len(tokens), settings.examples_per_step, settings.epochs, seed, tokens)
     key = {
         "name": name,
         "seed": recipe.seed,
         "model": [recipe.model.model_dump(mode="json"), model_fingerprint(recipe.model.name)],
         "lora": recipe.lora.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude=NOT_IN_KEY),
+        "cluster": cluster,
+        "steps": digest_of(steps),
         "examples": [table["id"].to_pylist(), heldout["id"].to_pylist()],
         "start": committed_digest(run, start) if start else None,
     }
-    steps = plan_steps(
-        table.num_rows, settings.examples_per_step, settings.epochs, [recipe.seed, ORDER_PURPOSE[section]]
-    )
-    tokens = table["tokens"].to_pylist()
     return Finetune(
         name=name,
         section=section,

@@ -1,6 +1,6 @@
 """How many passes over its examples each finetune makes, so that the training tokens of a run are what was asked for.
 
-Tokens include prompts. A pass over half of the examples has about half of their tokens.
+Tokens include prompts. A fraction of a pass has that share of its tokens, to half an example: see `plan_steps`.
 """
 
 from gradientspace_ray.recipe import BudgetSection, ExpertsSection, SingleLoraSection, TrainingSection
@@ -34,8 +34,12 @@ def experts_settings(section: ExpertsSection, budget: BudgetSection, tokens: int
 
 
 def one_expert(settings: ExpertsSection, examples: int) -> ExpertsSection:
-    """The settings of the expert of so many examples: smaller steps where there would be too few."""
+    """The settings of the expert of so many examples: smaller steps where there would be too few.
+
+    No step is so small that a worker would have nothing to do.
+    """
     size = step_size(examples, settings.epochs, settings.examples_per_step, settings.min_steps)
+    size = max(size, min(settings.workers, settings.examples_per_step))
     return settings.model_copy(update={"examples_per_step": size})
 
 
@@ -61,6 +65,6 @@ def single_lora_settings(
     changes = {
         "epochs": epochs,
         "learning_rate": section.learning_rate or experts.learning_rate,
-        "examples_per_step": section.examples_per_step or warmup.examples_per_step,
+        "examples_per_step": section.examples_per_step or experts.examples_per_step,
     }
     return experts.model_copy(update=changes)

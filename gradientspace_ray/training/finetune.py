@@ -40,13 +40,13 @@ def finetune(
     seed: Sequence[int],
     worker: Worker = ALONE,
     state: TrainingState | None = None,
-    on_step: Callable[[Step, float | None], None] = lambda step, heldout: None,
-    save: Callable[[TrainingState], None] = lambda state: None,
+    on_step: Callable[[Step, float | None], None] | None = None,
+    save: Callable[[TrainingState], None] | None = None,
     must_leave: Callable[[Step], bool] = lambda step: False,
 ) -> Outcome:
     """Train to the end, or until the held-out loss has stopped falling.
 
-    All workers call it with the same arguments, their `worker` aside.
+    All workers call it with the same arguments, but for `worker`, `on_step` and `save`.
 
     Args:
         engine: holds the weights of `state` where there is one, and an optimizer that has made no step.
@@ -56,14 +56,15 @@ def finetune(
         worker: this one.
         state: where an earlier try stood; None begins.
         on_step: called after every step, with the held-out loss where it was taken.
-        save: called on every worker with what a checkpoint should hold.
+        save: called with what a checkpoint should hold, every `checkpoint_every` steps.
         must_leave: called after every step, with the same answer on every worker.
 
     Raises:
         PreemptedError: `must_leave` said so, and the state was saved.
         TrainingError: see `loop.train`.
     """
-    steps = plan_steps(len(data.train), settings.examples_per_step, settings.epochs, seed)
+    lengths = [len(input_ids) for input_ids, _ in data.train]
+    steps = plan_steps(len(lengths), settings.examples_per_step, settings.epochs, seed, lengths)
     losses, found, best = (list(state.losses), list(state.heldout), state.best) if state else ([], [], None)
     if state:
         engine.restore(state.moments)
@@ -92,15 +93,19 @@ def finetune(
             if not found or loss < min(earlier for _, earlier in found):
                 best = engine.weights()
             found.append((step.number, loss))
-        on_step(step, loss)
+        if on_step:
+            on_step(step, loss)
         leaving = must_leave(step)
         if is_last or _has_stalled([loss for _, loss in found], settings.patience):
             break
         if leaving or step.number % settings.checkpoint_every == 0:
-            save(current())
+            # All workers meet in gathering it, whoever keeps it.
+            now = current()
+            if save:
+                save(now)
         if leaving:
             raise PreemptedError(f"left after step {step.number} of {step.total}")
-    tokens = sum(len(data.train[index][0]) for indices in steps[: len(losses)] for index in indices)
+    tokens = sum(lengths[index] for indices in steps[: len(losses)] for index in indices)
     return Outcome(current(), tokens)
 
 

@@ -3,7 +3,7 @@
 Everything here is a pure function of its arguments, so that every worker makes the same plan by itself.
 """
 
-import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -31,17 +31,20 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_share: float)
     return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def plan_steps(count: int, examples_per_step: int, epochs: float, seed: int | Sequence[int]) -> list[list[int]]:
+def plan_steps(
+    count: int, examples_per_step: int, epochs: float, seed: int | Sequence[int], tokens: Sequence[int] | None = None
+) -> list[list[int]]:
     """The examples of every optimizer step.
 
     Each epoch is shuffled anew and split into steps of nearly equal size, so that no small last step is as heavy as a
-    whole one. The last epoch of a fractional number ends early.
+    whole one. The last epoch of a fractional number ends early, where the tokens seen are nearest to that many epochs'.
 
     Args:
         count: number of examples.
         examples_per_step: largest number of examples in a step, over all workers.
         epochs: passes over the examples; at least one example is seen.
         seed: decides the order.
+        tokens: of every example; None takes them for equal.
 
     Returns:
         One list of example indices per step.
@@ -51,43 +54,26 @@ def plan_steps(count: int, examples_per_step: int, epochs: float, seed: int | Se
     """
     if count < 1:
         raise ValueError("a finetune needs at least one example")
+    lengths = np.ones(count) if tokens is None else np.asarray(tokens, dtype=np.float64)
     steps: list[list[int]] = []
-    remaining = max(1, round(count * epochs))
-    epoch = 0
-    while remaining > 0:
-        order = np.random.default_rng([*np.atleast_1d(seed).tolist(), epoch]).permutation(count)[:remaining]
-        steps += [part.tolist() for part in np.array_split(order, math.ceil(len(order) / examples_per_step))]
-        remaining -= len(order)
-        epoch += 1
+    remaining = epochs * lengths.sum()
+    for epoch in itertools.count():
+        order = np.random.default_rng([*np.atleast_1d(seed).tolist(), epoch]).permutation(count)
+        seen = np.cumsum([0.0, *lengths[order]])
+        taken = max(int(np.abs(seen - remaining).argmin()), 0 if steps else 1)
+        if taken:
+            steps += [part.tolist() for part in np.array_split(order[:taken], math.ceil(taken / examples_per_step))]
+        if taken < count:
+            break
+        remaining -= seen[-1]
     return steps
 
 
 def step_size(count: int, epochs: float, examples_per_step: int, min_steps: int) -> int:
     """Examples in one step of a finetune on `count` of them: as given, or fewer where that makes too few steps."""
-    return max(1, min(examples_per_step, math.floor(count * epochs / max(1, min_steps))))
-
-
-def heldout_part(groups: Sequence[str], share: float, seed: int) -> list[int]:
-    """Examples to hold out of a finetune: whole groups, in the order of a seeded hash, until the share is reached.
-
-    Args:
-        groups: group of each example; equal ones are not parted.
-        share: share of the examples; the last group is left out of it where that is nearer.
-        seed: decides which.
-
-    Returns:
-        Indices, ascending; none where there is but one group, and never all.
-    """
-    members: dict[str, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    order = sorted(members, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
-    wanted, held = share * len(groups), list[int]()
-    for group in order[:-1]:
-        if len(held) + len(members[group]) / 2 > wanted:
-            break
-        held += members[group]
-    return sorted(held)
+    if count * epochs >= examples_per_step * min_steps:
+        return examples_per_step
+    return max(1, math.floor(count * epochs / min_steps))
 
 
 def plan_rows(

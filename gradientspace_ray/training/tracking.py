@@ -1,18 +1,17 @@
 """Who is told of every step of a finetune: TensorBoard's event files, MLflow, Weights & Biases.
 
-A tracker that fails warns once and never ends a finetune. Those with a server are told by a thread of their own, so
-that no step waits for the network; what a server could not take is kept and sent again.
+A tracker that fails warns once, is told no more, and never ends a finetune.
 """
 
+import importlib.util
 import logging
 import os
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -22,58 +21,34 @@ from gradientspace_ray.training.engine import TrainingError
 
 log = logging.getLogger(__name__)
 
-FLUSH_S = 1.0
-"""Seconds from one flush of an event file to the next: each waits for the disk."""
-SEND_S, LONGEST_SEND_S = 5.0, 300.0
-"""Seconds from one message to a server to the next; twice as long after each that failed in a row, up to this."""
-LAST_TRIES, LAST_WAIT_S = 3, 2.0
-"""At the end of a finetune, how often what is left is sent, and how far apart."""
-CLOSE_S, FAILED_CLOSE_S = 60.0, 5.0
-"""How long a finetune waits for that; one that failed, or must yield its machine, has less time."""
-MAX_WAITING = 100_000
-"""Steps kept for a server that is away, the latest."""
-MLFLOW_BATCH, MLFLOW_CHARACTERS = 1000, 6000
-"""Metrics that MLflow takes in one request, and characters in one setting."""
+FLUSH_S, SEND_S = 1.0, 5.0
+"""Seconds from one flush of an event file, and from one request to MLflow, to the next: the finetune waits for each."""
+MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+"""Where the environment does not say: by default MLflow holds a finetune for minutes when its server is away."""
 MLFLOW_KEY = "gradientspace.key"
 """The tag by which the MLflow run of a finetune is found again."""
+WANDB_FINISH_S = 60.0
+"""How long a finetune waits at its end for W&B's process, which by default tries for ever."""
+
+Tell = Callable[[int, Mapping[str, float]], None]
 
 
-class Tracker(Protocol):
-    """One place where the steps of a finetune are kept."""
+class Tracker(NamedTuple):
+    """One place where the steps of a finetune are kept; `close` is told whether an exception ends this try."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep the values of an optimizer step; the first is 1. More values of a step may follow."""
-        ...
-
-    def close(self, failed: bool) -> None:
-        """Finish what is on its way. `failed`: an exception ends this try of the finetune."""
-        ...
+    tell: Tell
+    close: Callable[[bool], None]
 
 
-class About(NamedTuple):
-    """The finetune as trackers know it; see `trackers`."""
+def check_trackers(names: Sequence[str]) -> None:
+    """Look for the packages of trackers, without loading them.
 
-    run_name: str
-    finetune: str
-    key: str
-    settings: Mapping[str, Any]
-    start_step: int
-
-
-class Point(NamedTuple):
-    """The values of a step, with the time of the epoch in seconds."""
-
-    step: int
-    time_s: float
-    values: dict[str, float]
-
-
-class Connection(NamedTuple):
-    """A server that has been told of the finetune."""
-
-    send: Callable[[Sequence[Point]], None]
-    finish: Callable[[bool], None]
-    """Called once, with `failed` of `Tracker.close`."""
+    Raises:
+        TrainingError: one is not installed.
+    """
+    for name in names:
+        if name != "tensorboard" and importlib.util.find_spec(name) is None:
+            raise _missing(name, "not installed")
 
 
 @contextmanager
@@ -86,7 +61,7 @@ def trackers(
     key: str,
     settings: Mapping[str, Any],
     start_step: int = 0,
-) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+) -> Iterator[Tell]:
     """Open trackers for one try of a finetune, and close them whatever happens.
 
     A try that goes on from a checkpoint repeats the steps that an earlier one made beyond it. TensorBoard forgets the
@@ -102,245 +77,145 @@ def trackers(
         start_step: steps done before this try.
 
     Yields:
-        A function of the step, 1 the first, and its values by name.
+        A function of the step, 1 the first, and its values by name; more values of a step may follow.
 
     Raises:
         TrainingError: the package of a tracker is not installed.
     """
-    about = About(run_name, finetune, key, settings, start_step)
-    with ExitStack() as stack:
-        opened: list[Tracker] = []
+    check_trackers(names)
+    start: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: _tensorboard(folder, start_step),
+        "mlflow": lambda: _mlflow(run_name, finetune, key, settings),
+        "wandb": lambda: _wandb(run_name, finetune, key, settings),
+    }
+    opened: dict[str, Tracker] = {}
+
+    def attempt(name: str, act: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except ImportError as error:
+            raise _missing(name, error) from error
+        except _failures(name) as error:
+            opened.pop(name, None)
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            log.warning("finetune %s: %s is told no more (%s); the finetune goes on", finetune, name, told[0])
+
+    def tell(step: int, values: Mapping[str, float]) -> None:
+        for name, tracker in list(opened.items()):
+            attempt(name, tracker.tell, step, {tag: float(value) for tag, value in values.items()})
+
+    failed = True
+    try:
         for name in dict.fromkeys(names):
-            tracker = TensorBoard(folder, start_step) if name == "tensorboard" else REMOTE[name](about)
-            stack.push(lambda kind, error, trace, tracker=tracker: tracker.close(kind is not None))
-            opened.append(tracker)
-
-        def tell(step: int, values: Mapping[str, float]) -> None:
-            for tracker in opened:
-                tracker.log(step, values)
-
+            if tracker := attempt(name, start[name]):
+                opened[name] = tracker
         yield tell
+        failed = False
+    finally:
+        for name, tracker in list(opened.items()):
+            attempt(name, tracker.close, failed)
 
 
-class TensorBoard:
-    """Event files, written as the steps come: TensorBoard on their folder is live.
-
-    tensorboardX's own writer has a thread between, and blocks the finetune for ever when that meets a full disk.
-    """
-
-    def __init__(self, folder: Path, start_step: int) -> None:
-        self._writer: EventsWriter | None = None
-        self._flushed = time.monotonic()
-        self._folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            # The name begins with the time in seconds: the rest keeps tries of the same second apart.
-            self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start_step}")
-        except OSError as error:
-            self._give_up(error)
-        # From this step on, TensorBoard forgets what files before this one say.
-        self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Tracker`; values are kept as float32."""
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()])
-        self._write(Event(wall_time=time.time(), step=step, summary=summary))
-
-    def close(self, failed: bool) -> None:
-        """See `Tracker`."""
-        if self._writer:
-            try:
-                self._writer.close()
-            except OSError as error:
-                self._give_up(error)
-
-    def _write(self, event: Event) -> None:
-        if not self._writer:
-            return
-        try:
-            self._writer.write_event(event)
-            if time.monotonic() - self._flushed >= FLUSH_S:
-                self._writer.flush()
-                self._flushed = time.monotonic()
-        except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        # A record may be half written, after which TensorBoard reads nothing: the file ends here.
-        self._writer = None
-        log.warning("%s: TensorBoard is told no more (%s); the finetune goes on", self._folder, error)
+def _missing(name: str, reason: object) -> TrainingError:
+    return TrainingError(f"trackers: {name} cannot be loaded ({reason}); pip install 'gradientspace-ray[{name}]'")
 
 
-class Remote:
-    """A server that is told of the steps by a thread, which also connects to it and tries again what failed.
+def _failures(name: str) -> tuple[type[Exception], ...]:
+    """What a tracker raises when the disk is full, or the server is away, refuses, or is not set up."""
+    if name == "wandb":
+        from wandb import Error
 
-    Args:
-        name: for warnings.
-        connect: tells the server of the finetune.
-        failures: what it and the connection raise when the server is away, refuses, or is not set up. Any other
-            error ends the thread with a traceback on the log, and not the finetune.
-    """
+        return Error, OSError
+    if name == "mlflow":
+        from mlflow import MlflowException
 
-    def __init__(self, name: str, connect: Callable[[], Connection], failures: tuple[type[Exception], ...]) -> None:
-        self._name, self._connect, self._failures = name, connect, failures
-        self._queue: SimpleQueue[Point | bool] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Tracker`; returns at once."""
-        self._queue.put(Point(step, time.time(), {name: float(value) for name, value in values.items()}))
-
-    def close(self, failed: bool) -> None:
-        """See `Tracker`; waits `CLOSE_S` at most."""
-        self._queue.put(failed)
-        patience_s = FAILED_CLOSE_S if failed else CLOSE_S
-        self._thread.join(patience_s)
-        if self._thread.is_alive():
-            log.warning("%s did not take the last steps within %.0f s; the finetune goes on", self._name, patience_s)
-
-    def _work(self) -> None:
-        waiting: list[Point] = []
-        connection: Connection | None = None
-        failed: bool | None = None
-        last_tries = away = 0
-        warned = False
-        while failed is None or last_tries < LAST_TRIES:
-            if failed is None:
-                failed = self._take(waiting, min(SEND_S * 2**away, LONGEST_SEND_S))
-            else:
-                time.sleep(LAST_WAIT_S)
-            last_tries += failed is not None
-            try:
-                connection = connection or self._connect()
-                connection.send(waiting)
-                waiting.clear()
-                away = 0
-                if failed is not None:
-                    return connection.finish(failed)
-            except self._failures as error:
-                del waiting[:-MAX_WAITING]
-                away = min(away + 1, 16)
-                if not warned:
-                    told = str(error).strip().splitlines() or [type(error).__name__]
-                    log.warning("%s does not take the steps yet (%s); the finetune goes on", self._name, told[0])
-                    warned = True
-        log.warning("%s was not told of the last %d steps, or not of the end", self._name, len(waiting))
-        return None
-
-    def _take(self, waiting: list[Point], seconds: float) -> bool | None:
-        """Move what comes within so many seconds to `waiting`. Returns what `close` was told, once it was called."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            try:
-                item = self._queue.get(timeout=left)
-            except Empty:
-                break
-            if isinstance(item, bool):
-                return item
-            waiting.append(item)
-        return None
+        # What opening a database raises is passed on by MLflow, which has loaded this by then; a server needs none.
+        database = sys.modules.get("sqlalchemy.exc")
+        return (MlflowException, OSError, database.SQLAlchemyError) if database else (MlflowException, OSError)
+    return (OSError,)
 
 
-def _mlflow(about: About) -> Remote:
-    """MLflow, at `MLFLOW_TRACKING_URI`.
+def _tensorboard(folder: Path, start_step: int) -> Tracker:
+    """Event files, flushed as the steps come: TensorBoard on their folder is live. Values are kept as float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not SummaryWriter, whose thread ends on a full disk: its queue then blocks the finetune for ever. The file's name
+    # begins with the time in seconds; the rest keeps tries of the same second apart.
+    writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start_step}")
+    flushed = time.monotonic()
+    # From this step on, TensorBoard forgets what files before this one say.
+    begin = SessionLog(status=SessionLog.START)
+    writer.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=begin))
 
-    Raises:
-        TrainingError: it is not installed.
-    """
-    try:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-    except ImportError as error:
-        raise _missing("mlflow", error) from error
+    def tell(step: int, values: Mapping[str, float]) -> None:
+        nonlocal flushed
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - flushed >= FLUSH_S:
+            writer.flush()
+            flushed = time.monotonic()
 
-    def find_experiment(client: MlflowClient) -> str:
-        experiment = client.get_experiment_by_name(about.run_name)
-        if experiment:
-            return experiment.experiment_id
-        try:
-            return client.create_experiment(about.run_name)
-        except MlflowException:
-            # A finetune beside this one may have made it in between.
-            experiment = client.get_experiment_by_name(about.run_name)
-            if not experiment:
-                raise
-            return experiment.experiment_id
-
-    def connect() -> Connection:
-        client = MlflowClient()
-        experiment_id = find_experiment(client)
-        found = client.search_runs([experiment_id], f"tags.`{MLFLOW_KEY}` = '{about.key}'", max_results=1)
-        tags = {MLFLOW_KEY: about.key}
-        run = found[0] if found else client.create_run(experiment_id, tags=tags, run_name=about.finetune)
-        run_id = run.info.run_id
-        client.update_run(run_id, status="RUNNING")
-        if not run.data.params:
-            # They are for good: another try may have other workers, and MLflow refuses a second value.
-            params = [Param(name, str(value)[:MLFLOW_CHARACTERS]) for name, value in about.settings.items()]
-            client.log_batch(run_id, params=params)
-        seen = {
-            name: max(metric.step for metric in client.get_metric_history(run_id, name)) for name in run.data.metrics
-        }
-
-        def send(points: Sequence[Point]) -> None:
-            metrics = [
-                Metric(name, value, int(1000 * point.time_s), point.step)
-                for point in points
-                for name, value in point.values.items()
-                if point.step > seen.get(name, 0)
-            ]
-            for first in range(0, len(metrics), MLFLOW_BATCH):
-                client.log_batch(run_id, metrics=metrics[first : first + MLFLOW_BATCH])
-
-        def finish(failed: bool) -> None:
-            client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
-
-        return Connection(send, finish)
-
-    return Remote("MLflow", connect, (MlflowException, SQLAlchemyError, OSError))
+    return Tracker(tell, lambda failed: writer.close())
 
 
-def _wandb(about: About) -> Remote:
-    """Weights & Biases, for the account of `WANDB_API_KEY` or `wandb login`; into files where `WANDB_MODE=offline`.
+def _mlflow(run_name: str, finetune: str, key: str, settings: Mapping[str, Any]) -> Tracker:
+    """A run at `MLFLOW_TRACKING_URI`."""
+    from mlflow import MlflowClient, set_experiment
+    from mlflow.entities import Metric, Param
 
-    Raises:
-        TrainingError: it is not installed.
-    """
-    try:
-        import wandb
-    except ImportError as error:
-        raise _missing("wandb", error) from error
+    for variable, value in MLFLOW_PATIENCE.items():
+        os.environ.setdefault(variable, value)
+    client = MlflowClient()
+    # Unlike the client's own call, this one stands another finetune that makes the experiment at the same time.
+    experiment_id = set_experiment(run_name).experiment_id
+    found = client.search_runs([experiment_id], f"tags.`{MLFLOW_KEY}` = '{key}'", max_results=1)
+    run = found[0] if found else client.create_run(experiment_id, tags={MLFLOW_KEY: key}, run_name=finetune)
+    run_id = run.info.run_id
+    client.update_run(run_id, status="RUNNING")
+    if not run.data.params:
+        # They are for good: another try may have other workers, and MLflow refuses a second value.
+        client.log_batch(run_id, params=[Param(name, str(value)) for name, value in settings.items()])
+    seen = {tag: max(metric.step for metric in client.get_metric_history(run_id, tag)) for tag in run.data.metrics}
+    waiting, sent = list[Metric](), time.monotonic()
 
-    def connect() -> Connection:
-        run = wandb.init(
-            project=about.run_name,
-            name=about.finetune,
-            id=about.key,
-            resume="allow",
-            config=dict(about.settings),
-            allow_val_change=True,
-            # Another finetune's run in this process, or the recipe's own, is none of this one's business.
-            reinit="create_new",
-            settings=wandb.Settings(console="off", finish_timeout=CLOSE_S),
-        )
-        next_step = run.step
+    def send() -> None:
+        nonlocal sent
+        client.log_batch(run_id, metrics=waiting)
+        waiting.clear()
+        sent = time.monotonic()
 
-        def send(points: Sequence[Point]) -> None:
-            for point in points:
-                # W&B ignores values of steps behind its last, with a warning for each.
-                if point.step >= next_step:
-                    run.log(point.values, step=point.step)
+    def tell(step: int, values: Mapping[str, float]) -> None:
+        now_ms = int(1000 * time.time())
+        waiting.extend(Metric(tag, value, now_ms, step) for tag, value in values.items() if step > seen.get(tag, 0))
+        if time.monotonic() - sent >= SEND_S:
+            send()
 
-        return Connection(send, lambda failed: run.finish(exit_code=int(failed)))
+    def close(failed: bool) -> None:
+        send()
+        client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
-    return Remote("Weights & Biases", connect, (wandb.Error, OSError))
-
-
-REMOTE: dict[str, Callable[[About], Remote]] = {"mlflow": _mlflow, "wandb": _wandb}
+    return Tracker(tell, close)
 
 
-def _missing(name: str, error: ImportError) -> TrainingError:
-    return TrainingError(f"trackers: {name} cannot be loaded ({error}); pip install 'gradientspace-ray[{name}]'")
+def _wandb(run_name: str, finetune: str, key: str, settings: Mapping[str, Any]) -> Tracker:
+    """A run for the account of `WANDB_API_KEY` or `wandb login`; in files where `WANDB_MODE=offline`."""
+    import wandb
+
+    run = wandb.init(
+        project=run_name,
+        name=finetune,
+        id=key,
+        resume="allow",
+        config=dict(settings),
+        allow_val_change=True,
+        # Another finetune's run in this process, or the recipe's own, is none of this one's business.
+        reinit="create_new",
+        settings=wandb.Settings(console="off", finish_timeout=WANDB_FINISH_S),
+    )
+    next_step = run.step
+
+    def tell(step: int, values: Mapping[str, float]) -> None:
+        # W&B ignores values of steps behind its last, with a warning for each.
+        if step >= next_step:
+            run.log(dict(values), step=step)
+
+    return Tracker(tell, lambda failed: run.finish(exit_code=int(failed)))

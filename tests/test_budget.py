@@ -1,0 +1,116 @@
+"""The budget: the tokens that the plans really train on are those that the recipe asked for."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradientspace_ray.recipe import BudgetSection, ExpertsSection, SingleLoraSection, TrainingSection
+from gradientspace_ray.training.budget import experts_settings, one_expert, single_lora_settings, warmup_settings
+from gradientspace_ray.training.schedule import plan_steps
+
+WARMUP = TrainingSection(epochs=2, learning_rate=3e-3, examples_per_step=16, weight_decay=0.1)
+EXPERTS = ExpertsSection(
+    epochs=1.5, learning_rate=1e-3, examples_per_step=4, min_steps=3, patience=2, heldout_share=0.1
+)
+
+
+def tokens_seen(settings, lengths):
+    steps = plan_steps(len(lengths), settings.examples_per_step, settings.epochs, [7, 1], lengths)
+    return sum(lengths[index] for step in steps for index in step)
+
+
+def changed(settings, original):
+    """Names of what differs."""
+    return {name for name in type(original).model_fields if getattr(settings, name) != getattr(original, name)}
+
+
+@st.composite
+def ragged_runs(draw):
+    """Lengths of all examples, and of those of each cluster; some are in none."""
+    lengths = draw(st.lists(st.integers(1, 300), min_size=2, max_size=60))
+    clusters = draw(st.lists(st.integers(-1, 4), min_size=len(lengths), max_size=len(lengths)))
+    parts = [[n for n, own in zip(lengths, clusters, strict=True) if own == cluster] for cluster in range(5)]
+    return lengths, [part for part in parts if part] or [lengths]
+
+
+@given(run=ragged_runs(), passes=st.floats(0.05, 6), share=st.floats(0.05, 0.95))
+def test_generalist_and_experts_together_see_the_tokens_of_the_budget(run, passes, share):
+    lengths, parts = run
+    budget = BudgetSection(tokens=max(1, round(passes * sum(lengths))), generalist_share=share)
+    warmup = warmup_settings(WARMUP, budget, sum(lengths))
+    experts = experts_settings(EXPERTS, budget, sum(map(sum, parts)))
+    own = tokens_seen(warmup, lengths)
+    assert abs(own - budget.tokens * share) <= max(lengths)
+    seen = [tokens_seen(one_expert(experts, len(part)), part) for part in parts]
+    rest = budget.tokens * (1 - share)
+    for tokens, part in zip(seen, parts, strict=True):
+        # By the size of its cluster.
+        assert abs(tokens - rest * sum(part) / sum(map(sum, parts))) <= max(part)
+    assert abs(own + sum(seen) - budget.tokens) <= max(lengths) + sum(map(max, parts))
+    assert changed(warmup, WARMUP) | changed(experts, EXPERTS) <= {"epochs"}
+
+
+@given(
+    run=ragged_runs(),
+    tokens=st.none() | st.integers(100, 20_000),
+    share=st.floats(0.05, 0.95),
+    start=st.sampled_from(["generalist", "fresh"]),
+    experts_start=st.sampled_from(["generalist", "fresh"]),
+)
+def test_the_single_lora_sees_as_many_tokens_as_made_the_experts(run, tokens, share, start, experts_start):
+    lengths, parts = run
+    everything = [length for part in parts for length in part]
+    budget = BudgetSection(tokens=tokens, generalist_share=share)
+    warmup = warmup_settings(WARMUP, budget, sum(lengths))
+    experts = experts_settings(EXPERTS.model_copy(update={"start": experts_start}), budget, sum(everything))
+    section = SingleLoraSection(start=start)
+    single = single_lora_settings(section, warmup, experts, sum(lengths), sum(everything))
+    wanted = sum(tokens_seen(one_expert(experts, len(part)), part) for part in parts)
+    allowed = max(everything) + sum(map(max, parts))
+    # A fresh one has to catch up with what the experts have from the generalist; one that continues it has that too.
+    if start == "fresh" and experts_start == "generalist":
+        wanted += tokens_seen(warmup, lengths)
+        allowed += max(lengths)
+    assert abs(tokens_seen(single, everything) - wanted) <= allowed
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_without_a_budget_whole_passes_of_the_single_lora_are_equal_to_the_token(epochs):
+    lengths = np.random.default_rng(0).integers(5, 500, 90).tolist()
+    parts = [lengths[:50], lengths[50:80], lengths[80:]]
+    warmup = WARMUP.model_copy(update={"epochs": epochs})
+    experts = EXPERTS.model_copy(update={"epochs": 3})
+    single = single_lora_settings(SingleLoraSection(), warmup, experts, sum(lengths), sum(lengths))
+    experts_tokens = sum(tokens_seen(one_expert(experts, len(part)), part) for part in parts)
+    assert tokens_seen(single, lengths) == tokens_seen(warmup, lengths) + experts_tokens == (3 + epochs) * sum(lengths)
+
+
+def test_without_a_budget_the_epochs_are_the_recipes():
+    assert warmup_settings(WARMUP, BudgetSection(), 1000) == WARMUP
+    assert experts_settings(EXPERTS, BudgetSection(), 1000) == EXPERTS
+
+
+def test_a_budget_of_known_numbers():
+    # 1,000 tokens, a quarter of them the generalist's, over passes of 500 and 300.
+    budget = BudgetSection(tokens=1000, generalist_share=0.25)
+    assert warmup_settings(WARMUP, budget, 500).epochs == pytest.approx(0.5)
+    assert experts_settings(EXPERTS, budget, 300).epochs == pytest.approx(2.5)
+
+
+def test_the_single_lora_takes_the_experts_rate_and_the_generalists_step_unless_it_has_its_own():
+    single = single_lora_settings(SingleLoraSection(), WARMUP, EXPERTS, 10, 10)
+    assert changed(single, EXPERTS) == {"epochs"}
+    assert (single.learning_rate, single.examples_per_step, single.epochs) == (1e-3, 4, 3.5)
+    section = SingleLoraSection(learning_rate=2e-4, examples_per_step=5, start="generalist")
+    single = single_lora_settings(section, WARMUP, EXPERTS, 10, 10)
+    assert (single.learning_rate, single.examples_per_step, single.epochs) == (2e-4, 5, 1.5)
+
+
+def test_a_small_cluster_takes_smaller_steps():
+    small = one_expert(EXPERTS, 4)
+    assert changed(small, EXPERTS) == {"examples_per_step"}
+    # Four examples one and a half times, in at least three steps.
+    assert small.examples_per_step == 2
+    assert len(plan_steps(4, 2, small.epochs, 0)) == 3
+    assert one_expert(EXPERTS, 400) == EXPERTS
