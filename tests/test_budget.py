@@ -98,7 +98,7 @@ def test_a_budget_of_known_numbers():
     assert experts_settings(EXPERTS, budget, 300).epochs == pytest.approx(2.5)
 
 
-def test_the_single_lora_takes_the_experts_rate_and_the_generalists_step_unless_it_has_its_own():
+def test_the_single_lora_takes_the_experts_rate_and_size_of_a_step_unless_it_has_its_own():
     single = single_lora_settings(SingleLoraSection(), WARMUP, EXPERTS, 10, 10)
     assert changed(single, EXPERTS) == {"epochs"}
     assert (single.learning_rate, single.examples_per_step, single.epochs) == (1e-3, 4, 3.5)
@@ -114,3 +114,9 @@ def test_a_small_cluster_takes_smaller_steps():
     assert small.examples_per_step == 2
     assert len(plan_steps(4, 2, small.epochs, 0)) == 3
     assert one_expert(EXPERTS, 400) == EXPERTS
+
+
+@pytest.mark.parametrize(("workers", "size"), [(1, 2), (3, 3), (4, 4), (8, 4)])
+def test_no_step_is_made_so_small_that_a_worker_has_nothing_to_do(workers, size):
+    settings = EXPERTS.model_copy(update={"workers": workers})
+    assert one_expert(settings, 4).examples_per_step == size

@@ -297,7 +297,7 @@ def test_a_failed_finetune_leaves_the_others_and_is_named_in_one_line(experts, r
     assert "\n" not in message
     assert "2 of 3 finetunes failed" in message
     assert "high-bytes: IndexError: index out of range in self" in message
-    assert f"mend that, then: gradientspace resume {run.uri}" in message
+    assert f"mend that, then: gradientspace resume '{run.uri}'" in message
     assert logs == ["high-bytes.log", "single_lora.log"]
     assert "low-bytes" in {folder.partition("@")[0] for folder in left}
 
