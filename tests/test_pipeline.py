@@ -1,5 +1,6 @@
 """The whole line on a tiny model: every stage, resumption, and a routed answer over HTTP."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -43,6 +45,15 @@ def wait_until(condition, process, timeout_s=200):
         time.sleep(0.1)
 
 
+def trains(process):
+    """Whether Ray Train is at work for a driver."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any(
+            "TrainController" in " ".join(child.cmdline())
+            for child in psutil.Process(process.pid).children(recursive=True)
+        )
+
+
 def stage_statuses(run_dir):
     manifest = run_dir / "manifest.json"
     stages = json.loads(manifest.read_text())["stages"] if manifest.exists() else {}
@@ -54,14 +65,18 @@ def finished_run(tiny_arguments):
     """A run that is stopped while Ray Data and while Ray Train are at work, then finished."""
     run_dir, arguments = tiny_arguments
     for stage, at_work, stop in (
-        ("warmup", ".staging/train", lambda process: process.terminate()),
-        ("gradients", "sketch/shards", lambda process: os.killpg(process.pid, signal.SIGINT)),
-        ("experts", ".staging/train", lambda process: os.killpg(process.pid, signal.SIGINT)),
+        ("warmup", trains, lambda process: process.terminate()),
+        (
+            "gradients",
+            lambda _: (run_dir / "sketch/shards").exists(),
+            lambda process: os.killpg(process.pid, signal.SIGINT),
+        ),
+        ("experts", trains, lambda process: os.killpg(process.pid, signal.SIGINT)),
     ):
         process = subprocess.Popen(
             [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        wait_until(lambda at_work=at_work: (run_dir / at_work).exists(), process)
+        wait_until(lambda at_work=at_work, process=process: at_work(process), process)
         stop(process)
         output, errors = process.communicate(timeout=90)
         assert process.returncode == 130, output + errors

@@ -1,6 +1,6 @@
 """Progress that moves: bars on a terminal, a line now and then in a log, fed from this process or from Ray workers.
 
-The one module of `stages/` that the other stages may import.
+All stages may import it.
 """
 
 import threading
