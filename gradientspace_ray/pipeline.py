@@ -212,10 +212,14 @@ def stage_digest(stage: Stage, recipe: Recipe, run: RunDirectory) -> str:
         inputs["model"] = model_fingerprint(recipe.model.name)
     if "router" in parts:
         inputs["encoder"] = model_fingerprint(recipe.router.encoder)
+    if stage.name == "warmup":
+        # The generalist leaves these out.
+        inputs["heldout_share"] = max(recipe.warmup.heldout_share, recipe.experts.heldout_share)
     if stage.name == "cluster" and recipe.clusters.method == "embedding":
         inputs["encoder"] = [tree["router"], model_fingerprint(recipe.router.encoder)]
     if stage.name == "prepare":
         inputs = {
+            "columns": prepare.SCHEMA.names,
             "tokenizer": model_fingerprint(recipe.model.name),
             "view": recipe.router.view,
             "sources": [formats.fingerprint(source) for source in recipe.data.sources],

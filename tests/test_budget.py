@@ -116,7 +116,7 @@ def test_a_small_cluster_takes_smaller_steps():
     assert one_expert(EXPERTS, 400) == EXPERTS
 
 
-@pytest.mark.parametrize(("workers", "size"), [(1, 2), (3, 3), (4, 4), (8, 4)])
-def test_no_step_is_made_so_small_that_a_worker_has_nothing_to_do(workers, size):
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_the_number_of_workers_does_not_change_what_is_trained(workers):
     settings = EXPERTS.model_copy(update={"workers": workers})
-    assert one_expert(settings, 4).examples_per_step == size
+    assert one_expert(settings, 4).examples_per_step == 2

@@ -134,6 +134,10 @@ def test_a_finished_run_starts_nothing(line, recipe, tmp_path):
     [
         ("report", {}, []),
         ("experts", {"max_concurrent": 7, "tokens_per_batch": 64}, []),
+        ("experts", {"workers": 3, "zero_stage": 3, "checkpoint_every": 7}, []),
+        ("experts", {"epochs": 3.0}, ["experts", "router", "evaluate", "report"]),
+        # The generalist must not know what the experts hold out.
+        ("experts", {"heldout_share": 0.2}, NAMES[1:]),
         ("gradients", {"workers": 5}, []),
         ("evaluate", {"confidence": 0.9}, ["evaluate", "report"]),
         ("router", {"max_tokens": 32}, ["router", "evaluate", "report"]),

@@ -94,20 +94,20 @@ def test_a_finetune_is_named_with_the_reason_of_the_worker_that_failed_first():
     assert reason(broken, ValueError("a bad value")) == "a bad value"
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_what_is_above_a_saved_one_goes(tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_a_saved_one_goes(tmp_path):
     run, plan = RunDirectory(tmp_path), finetune()
     weights, first, second = ({"x.lora_A.weight": torch.full((2,), value)} for value in (1.0, 2.0, 3.0))
     moments = AdamMoments(first, second, 3, (0.9, 0.999), 1e-8)
-    for steps in (3, 5):
+    for steps in (3, 6):
         state = TrainingState((1.0,) * steps, (), 1.0, weights, moments, None)
         save_state(state, tmp_path / plan.checkpoints / f"{steps:08d}")
-    assert _read_latest(run, plan).step == 5
-    tensors = tmp_path / plan.checkpoints / "00000005" / "state.safetensors"
+    assert _read_latest(run, plan).step == 6
+    tensors = tmp_path / plan.checkpoints / "00000006" / "state.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\0\0")
     assert _read_latest(run, plan).step == 3
     board, state = MagicMock(), TrainingState((1.0,) * 4, (), 1.0, weights, moments, None)
     _Observer(run, plan, board, tmp_path, lambda step, values: None).save(state)
-    assert run.names(plan.checkpoints) == ["00000004"]
+    assert run.names(plan.checkpoints) == ["00000004", "00000006"]
     assert _read_latest(run, plan).step == 4
     run.delete(plan.checkpoints)
     assert _read_latest(run, plan) is None

@@ -37,7 +37,7 @@ from gradientspace_ray.training.engine import TrainingError, set_weights
 from gradientspace_ray.training.finetune import Data, PreemptedError, finetune
 from gradientspace_ray.training.loop import Step, Worker
 from gradientspace_ray.training.state import STATE_FILE, CheckpointError, TrainingState, load_state, save_state
-from gradientspace_ray.training.tracking import trackers
+from gradientspace_ray.training.tracking import TrackerError, trackers
 
 log = logging.getLogger(__name__)
 TRAIN_FILE, ASSIGNMENTS = "examples/train.parquet", "clusters/assignments.parquet"
@@ -108,16 +108,15 @@ def examples_of(
     trained_N = own_N & (position_N >= most)
     if not trained_N.any():
         where = TRAIN_FILE if cluster is None else f"cluster {cluster} of {ASSIGNMENTS}"
-        less = f", or lower {section}.heldout_share" if own_N.any() else ""
-        raise TrainingError(
-            f"{run.path()}: {where} holds no training examples; run the stage that makes it again{less}"
-        )
+        mend = "lower the heldout_share of warmup and experts" if own_N.any() else "run the stage that makes it again"
+        raise TrainingError(f"{run.path()}: {where} holds no training examples; {mend}")
     table = table.select(columns)
     return table.filter(pa.array(trained_N)), table.filter(pa.array(own_N & (position_N < share)))
 
 
 def work(config: dict[str, Any]) -> dict[str, str] | None:
     """One worker of a Ray Train run. Returns the error if another try would meet it again; raises any other."""
+    os.environ.update(config["environment"])
     recipe, run, plan = parse_recipe(config["recipe"]), RunDirectory(config["run"]), Finetune(**config["finetune"])
     try:
         with _explained(run, plan):
@@ -130,7 +129,7 @@ def work(config: dict[str, Any]) -> dict[str, str] | None:
         raise ray.exceptions.RayActorError(error_msg=f"{plan.name}: {error}", preempted=True) from error
     except (TrainingError, *LASTING_ERRORS) as error:
         # The others would wait for a worker that returns; one that raises ends them.
-        alone = isinstance(error, (_AloneError, *LASTING_ERRORS))
+        alone = isinstance(error, (_AloneError, TrackerError, *LASTING_ERRORS))
         if alone and ray.train.get_context().get_world_size() > 1:
             raise
         return {"reason": str(error), "traceback": traceback.format_exc()}
@@ -171,6 +170,10 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: 
     device = ray.train.torch.get_device() if recipe.compute.device == "cuda" else torch.device("cpu")
     data = _data(run, recipe, plan)
     state = _latest(run, plan, worker)
+    if worker.world_rank == 0:
+        done = state.step if state else 0
+        board.begin.remote(plan.name, done, plan.steps)
+        board.report.remote(plan.name, done, plan.steps, "loading")
     start = run.fetch(plan.start) if plan.start else None
     model = checkpoints.load(recipe.model, recipe.lora, recipe.seed, start, device)
     if state:
@@ -265,8 +268,8 @@ class _Observer:
         run, folder, name = self._run, self._plan.checkpoints, f"{state.step:08d}"
         with run.staged(f"{folder}/{name}", last=STATE_FILE) as staged:
             save_state(state, staged)
-        # What is above this step was cut off on its way, or it would have been gone on with.
-        run.delete(*(f"{folder}/{other}" for other in run.names(folder) if other != name))
+        # Not what is above: a worker of an earlier try may still live, and this one saves less than its successors.
+        run.delete(*(f"{folder}/{other}" for other in run.names(folder) if other < name))
         self.put_events()
 
     def put_events(self) -> None:
@@ -288,8 +291,6 @@ def _observed(
     if worker.world_rank:
         yield None
         return
-    board.begin.remote(plan.name, start_step, plan.steps)
-    board.report.remote(plan.name, start_step, plan.steps, "loading")
     folder = f"{EVENTS}/{plan.name}"
     if not start_step:
         run.delete(folder)

@@ -5,6 +5,7 @@ everything that decides it: a run that starts again trains only what is missing,
 """
 
 import os
+import re
 import shlex
 import tempfile
 import traceback
@@ -28,8 +29,8 @@ from gradientspace_ray.training.engine import TrainingError
 
 FAILURES = "failures"
 STOP_TIMEOUT_S = 15.0
-TRACKERS_ENV = ("MLFLOW_", "WANDB_")
-"""Prefixes of what sets the trackers up where the driver runs; their clients are in the workers."""
+TRACKERS_ENV = re.compile(r"(MLFLOW|WANDB)_(?!SERVICE)")
+"""What sets the trackers up where the driver runs; their clients are in the workers."""
 BROKEN_CONNECTION = ("Connection closed by peer", "Connection reset by peer")
 """What workers say whose fellow has died."""
 LAUNCHER_ENV = {
@@ -105,8 +106,8 @@ def _run_bounded(recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune
     # Ray Train's watchdog asks the State API whether its controller lives, and without this address it asks the newest
     # Ray on the machine: when that is another one, it hears of no such controller and kills the workers.
     environment = LAUNCHER_ENV | {"RAY_API_SERVER_ADDRESS": ray.get_runtime_context().gcs_address}
-    environment |= {name: value for name, value in os.environ.items() if name.startswith(TRACKERS_ENV)}
     # Beside the driver, a launcher and its controller die with it, and with no other machine.
+    trackers_env = {name: value for name, value in os.environ.items() if TRACKERS_ENV.match(name)}
     launch = _launch.options(runtime_env={"env_vars": environment}, scheduling_strategy=on_this_node())
     waiting = list(finetunes)
     running: dict[Any, Finetune] = {}
@@ -118,7 +119,7 @@ def _run_bounded(recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune
             while waiting or running:
                 while waiting and len(running) < concurrent:
                     finetune = waiting.pop(0)
-                    running[launch.remote(recipe, run.uri, finetune, board)] = finetune
+                    running[launch.remote(recipe, run.uri, finetune, board, trackers_env)] = finetune
                 done = ray.wait(list(running), num_returns=1)[0][0]
                 finetune = running.pop(done)
                 failure = _outcome(done)
@@ -150,12 +151,12 @@ def _stop(launchers: list[Any]) -> None:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _launch(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any) -> str | None:
+def _launch(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any, environment: dict[str, str]) -> str | None:
     """Hold one Ray Train run until it ends. Returns the reason in one line if it failed."""
     run = RunDirectory(run_uri)
     # Ray Train keeps its own checkpoints there; it is given none, and a mark is all that it leaves.
     with tempfile.TemporaryDirectory(prefix="gradientspace-") as storage:
-        trainer = _trainer(recipe, run_uri, finetune, board, storage)
+        trainer = _trainer(recipe, run_uri, finetune, board, environment, storage)
         try:
             failure = Retrying(
                 # Its controller has died, or met a death while the workers were starting.
@@ -178,7 +179,9 @@ def _noted(run: RunDirectory, finetune: Finetune, log: str, reason: str) -> str:
 
 
 # The type checker reads ray.train's old interface: the ignored lines are of the new one, which runs.
-def _trainer(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any, storage: str) -> TorchTrainer:
+def _trainer(
+    recipe: Recipe, run_uri: str, finetune: Finetune, board: Any, environment: dict[str, str], storage: str
+) -> TorchTrainer:
     compute = recipe.compute
     on_gpu = compute.device == "cuda"
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
@@ -190,6 +193,8 @@ def _trainer(recipe: Recipe, run_uri: str, finetune: Finetune, board: Any, stora
             "run": run_uri,
             "finetune": finetune.model_dump(mode="json"),
             "board": board,
+            # Not in the runtime environment, which Ray shows: there are keys among them.
+            "environment": environment,
         },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(

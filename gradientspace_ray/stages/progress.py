@@ -71,7 +71,10 @@ class Bars:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _left(self, line: str, done: float, total: float, now: float) -> str:
-        first_time, first_done = self._first.setdefault(line, (now, done))
+        # What waits, loads, or begins anew says nothing about the speed.
+        if done <= self._first.get(line, (now, done))[1]:
+            self._first[line] = (now, done)
+        first_time, first_done = self._first[line]
         if not first_done < done < total:
             return ""
         seconds = (total - done) * (now - first_time) / (done - first_done)

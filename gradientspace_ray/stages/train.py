@@ -31,7 +31,7 @@ def check(recipe: Recipe) -> None:
 
     Raises:
         RecipeError: two keys contradict each other.
-        TrainingError: a tracker is not installed.
+        TrackerError: a tracker is not installed.
     """
     for name, section in (("warmup", recipe.warmup), ("experts", recipe.experts)):
         configuration(section, name)
@@ -39,7 +39,8 @@ def check(recipe: Recipe) -> None:
             raise RecipeError(
                 f"{name}.workers above 1 need compute.gpus_per_worker 1: DeepSpeed gives each its own GPU"
             )
-    if recipe.single_lora.start == "generalist" and recipe.experts.start == "fresh":
+    baseline = recipe.single_lora
+    if baseline.train and baseline.start == "generalist" and recipe.experts.start == "fresh":
         raise RecipeError("single_lora.start generalist would have tokens that experts.start fresh has not; give fresh")
     if recipe.budget.tokens is None and recipe.budget != BudgetSection():
         raise RecipeError("budget.generalist_share needs budget.tokens; or set warmup.epochs and experts.epochs")

@@ -34,12 +34,8 @@ def experts_settings(section: ExpertsSection, budget: BudgetSection, tokens: int
 
 
 def one_expert(settings: ExpertsSection, examples: int) -> ExpertsSection:
-    """The settings of the expert of so many examples: smaller steps where there would be too few.
-
-    No step is so small that a worker would have nothing to do.
-    """
+    """The settings of the expert of so many examples: smaller steps where there would be too few."""
     size = step_size(examples, settings.epochs, settings.examples_per_step, settings.min_steps)
-    size = max(size, min(settings.workers, settings.examples_per_step))
     return settings.model_copy(update={"examples_per_step": size})
 
 

@@ -40,11 +40,15 @@ class Tracker(NamedTuple):
     close: Callable[[bool], None]
 
 
+class TrackerError(TrainingError):
+    """A tracker that is not there; of several workers, only the first one tells trackers."""
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Look for the packages of trackers, without loading them.
 
     Raises:
-        TrainingError: one is not installed.
+        TrackerError: one is not installed.
     """
     for name in names:
         if name != "tensorboard" and importlib.util.find_spec(name) is None:
@@ -80,7 +84,7 @@ def trackers(
         A function of the step, 1 the first, and its values by name; more values of a step may follow.
 
     Raises:
-        TrainingError: the package of a tracker is not installed.
+        TrackerError: the package of a tracker is not installed.
     """
     check_trackers(names)
     start: dict[str, Callable[[], Tracker]] = {
@@ -116,8 +120,8 @@ def trackers(
             attempt(name, tracker.close, failed)
 
 
-def _missing(name: str, reason: object) -> TrainingError:
-    return TrainingError(f"trackers: {name} cannot be loaded ({reason}); pip install 'gradientspace-ray[{name}]'")
+def _missing(name: str, reason: object) -> TrackerError:
+    return TrackerError(f"trackers: {name} cannot be loaded ({reason}); pip install 'gradientspace-ray[{name}]'")
 
 
 def _failures(name: str) -> tuple[type[Exception], ...]:
