@@ -311,6 +311,7 @@ def test_the_next_run_trains_only_what_is_missing_and_removes_what_is_stale(expe
     assert sorted(expert_folders(run)) == sorted(NAMES)
     assert summary.counts["experts"] == 2
     assert run.names("failures") == []
+    assert not run.exists("checkpoints")
 
 
 @on_ray

@@ -68,6 +68,8 @@ def train_missing(
             f"mend that, then: gradientspace resume {shlex.quote(run.uri)}, with --set for keys of the recipe"
         )
     run.delete(*_checkpoints(run, finetunes))
+    if not run.names(CHECKPOINTS):
+        run.delete(CHECKPOINTS)
     made |= {finetune.name: committed(run, finetune) for finetune in missing}
     lost = [name for name, adapter in made.items() if adapter is None]
     if lost:
