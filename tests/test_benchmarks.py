@@ -2,24 +2,19 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import imported
 
-FOLDER = Path(__file__).parents[1] / "jobs" / "benchmarks"
 METHODS = ("floor", "engine", "loop", "vmap")
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    with pytest.MonkeyPatch.context() as patch:
-        # As for a script that is run: its folder is where its imports are looked for.
-        patch.syspath_prepend(FOLDER)
-        yield importlib.import_module("gradients")
-        for name in ("gradients", "gradient_methods", "gradient_task"):
-            sys.modules.pop(name, None)
+    with imported("gradients", "gradient_methods", "gradient_task") as found:
+        yield found["gradients"]
 
 
 @pytest.fixture(scope="module")

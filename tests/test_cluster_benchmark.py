@@ -1,13 +1,12 @@
 """The cluster benchmark on a tiny model and few made-up gradients: its numbers mean what they say."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmark_scripts import imported
 from rich.console import Console
 from sklearn.metrics import normalized_mutual_info_score
 
@@ -18,7 +17,6 @@ from gradientspace_ray.sketch.online_svd import OnlineSVD
 
 pytestmark = pytest.mark.slow
 
-FOLDER = Path(__file__).parents[1] / "jobs" / "benchmarks"
 MODULES = ("clusters", "cluster_features", "cluster_gradients", "cluster_planted", "gradient_task", "gradients")
 MODULES += ("gradient_methods", "sketch_methods")
 NAMED = ("svd_64", "full_gradient", "random_projection_64", "random_projection_512", "random_projection_8192")
@@ -33,12 +31,8 @@ EXAMPLES = 40
 
 @pytest.fixture(scope="module")
 def modules():
-    with pytest.MonkeyPatch.context() as patch:
-        # As for a script that is run: its folder is where its imports are looked for.
-        patch.syspath_prepend(FOLDER)
-        yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with imported(*MODULES) as found:
+        yield found
 
 
 def run(modules, path: Path, *words: str) -> dict:

@@ -1,20 +1,17 @@
 """The benchmark of trainers and experts: its numbers mean what they say. trl is not needed."""
 
-import importlib
 import io
 import json
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
+from benchmark_scripts import imported
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from gradientspace_ray.stages.finetune_worker import examples_of
 
-FOLDER = Path(__file__).parents[1] / "jobs" / "benchmarks"
 MODULES = ("experts", "expert_speed", "expert_trainers", "expert_stage", "gradients", "gradient_methods")
 MODULES += ("gradient_task", "sketch_methods")
 lengths_of_examples = st.lists(st.integers(1, 90), min_size=1, max_size=40)
@@ -22,12 +19,8 @@ lengths_of_examples = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 
 @pytest.fixture(scope="module")
 def modules():
-    with pytest.MonkeyPatch.context() as patch:
-        # As for a script that is run: its folder is where its imports are looked for.
-        patch.syspath_prepend(FOLDER)
-        yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with imported(*MODULES) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

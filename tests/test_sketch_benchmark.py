@@ -3,15 +3,14 @@
 import importlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import imported
 
 pytestmark = pytest.mark.slow
 
-FOLDER = Path(__file__).parents[1] / "jobs" / "benchmarks"
 MODULES = ("sketch", "sketch_methods", "sketch_simulation", "gradients", "gradient_methods", "gradient_task")
 OURS = ("online_svd", "online_svd_refined")
 METHODS = ("exact", *OURS, "incremental_pca", "random_projection")
@@ -20,12 +19,8 @@ SHARDS, ROWS = 5, 4
 
 @pytest.fixture(scope="module")
 def benchmark():
-    with pytest.MonkeyPatch.context() as patch:
-        # As for a script that is run: its folder is where its imports are looked for.
-        patch.syspath_prepend(FOLDER)
-        yield importlib.import_module("sketch")
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with imported(*MODULES) as found:
+        yield found["sketch"]
 
 
 @pytest.fixture(scope="module")

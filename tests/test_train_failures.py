@@ -2,6 +2,8 @@
 
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -50,6 +52,12 @@ def test_other_errors_pass_as_they_are(tmp_path):
         torch.ones(2, 3) @ torch.ones(2, 3)
     with pytest.raises(FileNotFoundError), _explained(RunDirectory(tmp_path), finetune()):
         (tmp_path / "missing").read_bytes()
+
+
+def test_a_disk_that_is_full_is_told_with_its_place(tmp_path):
+    with pytest.raises(TrainingError) as error, _explained(RunDirectory(tmp_path), finetune()):
+        Path("/dev/full").write_bytes(b"weights")
+    assert str(error.value) == f"no space is left for {tmp_path} or {tempfile.gettempdir()}; make room there"
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def _table(named: Sequence[tuple[str, Record]], of_clusters: Sequence[Record], j
     return Table(
         columns + (("held-out loss", "kept step") if judged else ()),
         tuple(rows),
-        "Tokens seen in training, prompts included. Time of the steps alone"
+        "Tokens seen in training, prompts included. Time from the first step to the last, without the start"
         + ("; of the experts together, one after the other." if len(of_clusters) > 1 else "."),
     )
 

@@ -112,10 +112,12 @@ class DeepSpeedEngine:
     def restore(self, moments: AdamMoments) -> None:
         """See `Engine`."""
         optimizer, zero = self.deepspeed.basic_optimizer, self.deepspeed.optimizer
-        owners = {
-            0: lambda: optimizer.param_groups[0]["params"],
-            3: lambda: zero.fp32_partitioned_groups_flat,
-        }.get(self.zero_stage, lambda: zero.single_partition_of_fp32_groups)()
+        if self.zero_stage == 0:
+            owners = optimizer.param_groups[0]["params"]
+        elif self.zero_stage == 3:
+            owners = zero.fp32_partitioned_groups_flat
+        else:
+            owners = zero.single_partition_of_fp32_groups
         for owner in owners:
             # As AdamW makes it in its first step.
             state = {key: torch.zeros_like(owner) for key in (FIRST, SECOND)}

@@ -108,8 +108,8 @@ def _run_bounded(recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune
     # Ray Train's watchdog asks the State API whether its controller lives, and without this address it asks the newest
     # Ray on the machine: when that is another one, it hears of no such controller and kills the workers.
     environment = LAUNCHER_ENV | {"RAY_API_SERVER_ADDRESS": ray.get_runtime_context().gcs_address}
-    # Beside the driver, a launcher and its controller die with it, and with no other machine.
     trackers_env = {name: value for name, value in os.environ.items() if TRACKERS_ENV.match(name)}
+    # Beside the driver, a launcher and its controller die with it, and with no other machine.
     launch = _launch.options(runtime_env={"env_vars": environment}, scheduling_strategy=on_this_node())
     waiting = list(finetunes)
     running: dict[Any, Finetune] = {}

@@ -1,7 +1,7 @@
 """The finetunes: the generalist (warmup), the experts, and the single LoRA. One loop trains all of them."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow.compute as pc
 import ray
@@ -48,7 +48,7 @@ def check(recipe: Recipe) -> None:
 
 
 def warmup(recipe: Recipe, run: RunDirectory) -> Summary:
-    """Train the generalist on the whole training split, and commit it as `generalist/`.
+    """Train the generalist on the training split, but for what is held out, and commit it as `generalist/`.
 
     Raises:
         TrainingError: the finetune failed.
@@ -176,7 +176,7 @@ def _merge(recipe: Recipe, run: RunDirectory, adapters: list[Committed]) -> list
 
 
 @ray.remote
-def _merge_one(recipe: Recipe, run_uri: str, adapter: str, folder: str) -> Any:
+def _merge_one(recipe: Recipe, run_uri: str, adapter: str, folder: str) -> None:
     run = RunDirectory(run_uri)
     with run.staged(folder, last="config.json") as staged:
         write_merged(recipe.model.name, recipe.model.dtype, run.fetch(adapter), staged)

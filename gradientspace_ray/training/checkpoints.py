@@ -33,7 +33,8 @@ class TrainingRecord(BaseModel):
     """Tokens seen in training, prompts included."""
     steps: int
     seconds: float
-    """Spent on the steps, over all tries."""
+    """From the first step to the last, held-out losses and checkpoints among them; of all tries, up to the checkpoint
+    that the next one went on from."""
     workers: int
     zero_stage: int
     """As the engine reports it."""

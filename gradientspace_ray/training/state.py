@@ -35,7 +35,7 @@ class TrainingState:
     heldout: tuple[tuple[int, float], ...]
     """(steps made, loss of the held-out part there)."""
     seconds: float
-    """Spent on the steps, over all tries."""
+    """From the first step to this one, held-out losses and checkpoints among them."""
     weights: Mapping[str, torch.Tensor]
     """LoRA weight's name in PEFT's files -> float32 on the CPU."""
     moments: AdamMoments
