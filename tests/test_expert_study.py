@@ -122,11 +122,21 @@ PARTS = Parts(
 
 
 class Clerk(Desk):
-    """Answers at once: the loss under an adapter is the learning rate that it was trained with."""
+    """Answers at once: the loss under an adapter is how far from the best its learning rate was.
 
-    def __init__(self):
+    The best is so many times the second one that is tried.
+    """
+
+    def __init__(self, best=1.0):
+        self.best = best
         self.finetunes = {}
         self.asked = []
+
+    def loss(self, finetune):
+        if not finetune:
+            return 2.0
+        batch = finetune.examples_per_step
+        return abs(finetune.learning_rate / LEARNING_RATES[batch][1] - self.best) + batch / 100
 
     async def do(self, urgency, name, task):
         key = key_of(Place("model", "float32", ""), task)
@@ -137,8 +147,7 @@ class Clerk(Desk):
                 tokens = sum(len(ids) for ids, _ in task.examples)
                 return key, {"steps": -(-len(task.examples) // task.examples_per_step), "tokens": tokens}
             case Losses():
-                rate = self.finetunes[task.adapter].learning_rate if task.adapter else 1.0
-                return key, {"nll": [rate] * len(task.examples)}
+                return key, {"nll": [self.loss(self.finetunes.get(task.adapter))] * len(task.examples)}
             case Clusters():
                 return key, {"labels": [number % 2 for number in range(len(task.examples))], "energy": 0.5}
             case Route():
@@ -170,14 +179,27 @@ def test_learning_rates_of_experts_and_single_lora_are_tried_alike(done):
         "single LoRA, 2 a step": 3,
         "experts, 2 a step": 3,
     }
-    for batch, rates in LEARNING_RATES.items():  # the stand-in's lowest rate has the lowest loss
+    for batch, rates in LEARNING_RATES.items():
         chosen = {
             task.learning_rate
             for _, name, task in clerk.asked
             if name.startswith(("expert ", "single")) and task.examples_per_step == batch
             if isinstance(task, Finetune)
         }
-        assert chosen == {min(rates)}
+        assert chosen == {rates[1]}
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "chosen"),
+    [(10, [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], 1.6e-2), (0.1, [1e-3, 2e-3, 4e-3, 5e-4, 2.5e-4, 1.25e-4], 2.5e-4)],
+)
+def test_learning_rates_are_tried_until_the_best_has_worse_on_both_sides(best, tried, chosen):
+    study = Study(PARTS, SETTINGS[:1], Clerk(best), lambda line: None)
+    asyncio.run(study.run())
+    assert set(study.tries) == {"single LoRA, 8 a step", "experts, 8 a step"}
+    assert all(list(losses) == [f"{rate:g}" for rate in sorted(tried)] for losses in study.tries.values())
+    tuned = ("single LoRA, 8 a step", "generalist 0.5", f"domains: {SETTINGS[0]}")
+    assert [study.contenders[name].learning_rate for name in tuned] == [chosen] * 3
 
 
 def test_experts_start_from_the_generalist_and_see_what_it_has_not_seen(done):
@@ -209,8 +231,8 @@ def test_the_report_is_json_and_is_shown_in_order(done):
     ]
     assert report["baseline"] == "single LoRA, 2 a step"
     base = report["contenders"]["base"]
-    assert base["losses"] == {"a": 1.0, "b": 1.0, "mean": 1.0}
-    assert base["difference"]["mean"] == pytest.approx(1 - 2.5e-4)
+    assert base["losses"] == {"a": 2.0, "b": 2.0, "mean": 2.0}
+    assert base["difference"]["mean"] == pytest.approx(2 - 0.02)
     console = Console(width=200, record=True, file=io.StringIO())
     expert_study.show_study(report, console)
     assert "fresh adapters, experts 1, 2 a step" in console.export_text()

@@ -14,8 +14,8 @@ from expert_study_worker import TRAINING, Clusters, Finetune, Losses, Route
 
 CLUSTERED_AT = 0.5
 """Share of the generalist whose gradients are clustered, and from which the experts' learning rates are tried."""
-LEARNING_RATES = {8: (5e-4, 1e-3, 2e-3), 2: (2.5e-4, 5e-4, 1e-3)}
-"""Examples of an optimizer step -> what is tried."""
+LEARNING_RATES = {8: (1e-3, 2e-3, 4e-3), 2: (5e-4, 1e-3, 2e-3)}
+"""Examples of an optimizer step -> what is tried first; while the best of all is at an end, the next one beyond."""
 TRIED_SHARES = {8: 0.25, 2: 0.125}
 """Examples of an optimizer step -> share of the budget that a try has: of the smaller steps, it has twice as many."""
 URGENT, SOON, LATE = 0, 2, 100
@@ -88,22 +88,23 @@ class Study:
         self.tries: dict[str, dict[str, float]] = {}
         self.clusters: dict[str, Any] = {}
         self._domains = [row.domain for row in parts.training]
+        self._single_rates: dict[int, asyncio.Task[float]] = {}
 
     async def run(self) -> None:
         """Ask for everything at once; what comes first in the settings is the most urgent."""
         batches = [TRAINING.examples_per_step, *(setting.examples_per_step for setting in self._settings)]
         shares = [setting.generalist for setting in self._settings if setting.generalist]
-        single_loras = {
-            batch: asyncio.create_task(self._single_lora(SOON + place, batch))
-            for place, batch in enumerate(dict.fromkeys(batches))
-        }
+        for place, batch in enumerate(dict.fromkeys(batches)):
+            urgency = SOON + place if place else URGENT  # the generalist waits for the first
+            self._single_rates[batch] = asyncio.create_task(self._single_rate(urgency, batch))
         labels = asyncio.create_task(self._cluster())
-        work: list[Awaitable[Any]] = [*single_loras.values(), labels, self._judge("base", None, Adapter(), SOON)]
+        work: list[Awaitable[Any]] = [labels, self._judge("base", None, Adapter(), SOON)]
+        work += [self._single_lora(SOON + place, batch) for place, batch in enumerate(self._single_rates)]
         work += [self._generalist_alone(SOON + place, share) for place, share in enumerate(dict.fromkeys(shares))]
         for place, setting in enumerate(self._settings):
             # What the oracle needs goes before the last setting, and after all others.
             urgency = SOON + place + (2 * LATE if not setting.generalist else 0)
-            work.append(self._setting(urgency, setting, single_loras[setting.examples_per_step], labels))
+            work.append(self._setting(urgency, setting, labels))
         await asyncio.gather(*work)
 
     def means(self, name: str) -> dict[str, float]:
@@ -151,14 +152,22 @@ class Study:
     async def _generalist(self, share: float) -> Adapter:
         urgency = URGENT if share == CLUSTERED_AT else SOON
         places = between(len(self.parts.training), 0, share)
-        batch, rate = TRAINING.examples_per_step, TRAINING.learning_rate
+        batch = TRAINING.examples_per_step
+        rate = await self._single_rates[batch]
         return await self._finetune(urgency, f"generalist {share:g}", Adapter(), places, batch, rate)
 
     async def _generalist_alone(self, urgency: float, share: float) -> None:
-        await self._judge(f"generalist {share:g}", None, await self._generalist(share), urgency)
+        adapter = await self._generalist(share)
+        await self._judge(
+            f"generalist {share:g}", await self._single_rates[TRAINING.examples_per_step], adapter, urgency
+        )
 
-    async def _single_lora(self, urgency: float, batch: int) -> float:
-        """Its learning rate, when it is trained and judged."""
+    async def _single_lora(self, urgency: float, batch: int) -> None:
+        name, rate = f"single LoRA, {batch} a step", await self._single_rates[batch]
+        places = range(len(self.parts.training))
+        await self._judge(name, rate, await self._finetune(urgency, name, Adapter(), places, batch, rate), urgency)
+
+    async def _single_rate(self, urgency: float, batch: int) -> float:
         name, count = f"single LoRA, {batch} a step", len(self.parts.training)
 
         async def tried(rate: float) -> float:
@@ -167,26 +176,25 @@ class Study:
             adapter = await self._finetune(urgency, whose, Adapter(), places, batch, rate)
             return float((await self._losses(urgency, whose, adapter, self.parts.validation)).mean())
 
-        rate = await self._chosen(name, batch, tried)
-        await self._judge(
-            name, rate, await self._finetune(urgency, name, Adapter(), range(count), batch, rate), urgency
-        )
-        return rate
+        return await self._chosen(name, batch, tried)
 
     async def _chosen(self, whose: str, batch: int, tried: Callable[[float], Awaitable[float]]) -> float:
         """The learning rate of the lowest validation loss."""
         rates = LEARNING_RATES[batch]
         losses = dict(zip(rates, await asyncio.gather(*(tried(rate) for rate in rates)), strict=True))
+        while (best := min(losses, key=lambda rate: losses[rate])) in (min(losses), max(losses)):
+            beyond = best * 2 if best == max(losses) else best / 2
+            losses[beyond] = await tried(beyond)
         if whose not in self.tries:
-            told = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in losses.items())
+            told = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in sorted(losses.items()))
             self._tell(f"learning rates of {whose}: {told}")
-        self.tries[whose] = {f"{rate:g}": loss for rate, loss in losses.items()}
-        return min(losses, key=lambda rate: losses[rate])
+        self.tries[whose] = {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
+        return best
 
-    async def _experts_rate(self, urgency: float, setting: Setting, single_lora: "asyncio.Task[float]") -> float:
-        if not setting.generalist:
-            return await single_lora
+    async def _experts_rate(self, urgency: float, setting: Setting) -> float:
         batch = setting.examples_per_step
+        if not setting.generalist:
+            return await self._single_rates[batch]
         tried_on = between(len(self.parts.training), CLUSTERED_AT, CLUSTERED_AT + TRIED_SHARES[batch])
         groups = by_group(tried_on, self._domains)
         start = await self._generalist(CLUSTERED_AT)
@@ -226,10 +234,8 @@ class Study:
         self._tell(f"clusters: {domains_of}; router's accuracy {routed['accuracy'] or 1:.3f}")
         return labels
 
-    async def _setting(
-        self, urgency: float, setting: Setting, single_lora: "asyncio.Task[float]", labels: "asyncio.Task[list[int]]"
-    ) -> None:
-        rate = asyncio.create_task(self._experts_rate(urgency, setting, single_lora))
+    async def _setting(self, urgency: float, setting: Setting, labels: "asyncio.Task[list[int]]") -> None:
+        rate = asyncio.create_task(self._experts_rate(urgency, setting))
         start = await self._generalist(setting.generalist) if setting.generalist else Adapter()
         plan = _Plan(setting, urgency, start, rate)
         await asyncio.gather(self._of_domains(plan), self._of_clusters(plan, labels))

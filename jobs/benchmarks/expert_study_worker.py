@@ -29,7 +29,6 @@ from gradientspace_ray.recipe import (
     ClustersSection,
     GradientsSection,
     RouterSection,
-    Section,
     SketchSection,
     TrainingSection,
 )
@@ -91,11 +90,11 @@ class Route(NamedTuple):
 
 Task = Finetune | Clusters | Losses | Route
 
-SECTIONS: dict[type[Task], list[Section]] = {
-    Finetune: [TRAINING],
-    Clusters: [GRADIENTS, SKETCH, CLUSTERS],
+DEFAULTS: dict[type[Task], list[dict[str, Any]]] = {
+    Finetune: [TRAINING.model_dump(include={"warmup_share", "weight_decay", "max_grad_norm"})],
+    Clusters: [section.model_dump(mode="json") for section in (GRADIENTS, SKETCH, CLUSTERS)],
     Losses: [],
-    Route: [ROUTER],
+    Route: [ROUTER.model_dump(mode="json")],
 }
 """What of a recipe's defaults decides a task."""
 
@@ -103,7 +102,7 @@ SECTIONS: dict[type[Task], list[Section]] = {
 def key_of(place: Place, task: Task) -> str:
     """Sixteen hex digits of all that decides what a task comes to."""
     facts: list[Any] = [model_fingerprint(place.model), place.dtype, LORA_RANK, LORA_ALPHA, SEED, TOKENS_PER_BATCH]
-    facts += [section.model_dump(mode="json") for section in SECTIONS[type(task)]]
+    facts += DEFAULTS[type(task)]
     return hashlib.sha256(json.dumps([facts, type(task).__name__, task]).encode()).hexdigest()[:16]
 
 
