@@ -4,18 +4,16 @@ import asyncio
 import io
 import itertools
 import json
-from pathlib import Path
 
 import pytest
+from benchmark_scripts import imported
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from gradientspace_ray.examples.rendering import Rendered
 
-with pytest.MonkeyPatch.context() as patch:
-    # As for a script that is run: its folder is where its imports are looked for.
-    patch.syspath_prepend(Path(__file__).parents[1] / "jobs" / "benchmarks")
+with imported():  # without names they stay: the tests below are made of them
     import expert_study
     import expert_study_data
     from expert_study_contenders import LEARNING_RATES, SETTINGS, Setting, Study

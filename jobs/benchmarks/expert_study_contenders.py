@@ -51,7 +51,7 @@ class Contender(NamedTuple):
 
     losses_N: np.ndarray
     learning_rate: float | None
-    """Of what was tuned: the single LoRA, or the experts."""
+    """Of the single LoRA, of the generalist alone, or of the experts; None: the base model."""
     start: Adapter
     """The single LoRA, or what the experts began with."""
     experts: Mapping[str, Adapter]
@@ -152,15 +152,15 @@ class Study:
     async def _generalist(self, share: float) -> Adapter:
         urgency = URGENT if share == CLUSTERED_AT else SOON
         places = between(len(self.parts.training), 0, share)
-        batch = TRAINING.examples_per_step
-        rate = await self._single_rates[batch]
+        batch, rate = TRAINING.examples_per_step, await self._generalists_rate()
         return await self._finetune(urgency, f"generalist {share:g}", Adapter(), places, batch, rate)
 
     async def _generalist_alone(self, urgency: float, share: float) -> None:
-        adapter = await self._generalist(share)
-        await self._judge(
-            f"generalist {share:g}", await self._single_rates[TRAINING.examples_per_step], adapter, urgency
-        )
+        rate, adapter = await self._generalists_rate(), await self._generalist(share)
+        await self._judge(f"generalist {share:g}", rate, adapter, urgency)
+
+    async def _generalists_rate(self) -> float:
+        return await self._single_rates[TRAINING.examples_per_step]
 
     async def _single_lora(self, urgency: float, batch: int) -> None:
         name, rate = f"single LoRA, {batch} a step", await self._single_rates[batch]
