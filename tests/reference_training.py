@@ -58,15 +58,27 @@ def adamw(model, weight_decay=0.0):
     return torch.optim.AdamW(trainable(model), weight_decay=weight_decay)
 
 
-def plain_training(model, examples, steps, *, peak, warmup_share, weight_decay=0.0, max_grad_norm=1.0, optimizer=None):
-    """Linear rise, cosine to a tenth, AdamW, gradient clipping; one worker, no packing. Returns the losses."""
+def plain_training(
+    model,
+    examples,
+    steps,
+    *,
+    peak,
+    warmup_share,
+    cosine=(0.0, 1.0),
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    optimizer=None,
+):
+    """Linear rise, part of a cosine to a tenth, AdamW, clipping; one worker, no packing. Returns the losses."""
     optimizer = optimizer or adamw(model, weight_decay)
     rising = round(len(steps) * warmup_share)
     losses = []
     for index, step in enumerate(steps):
-        progress = (index - rising) / max(1, len(steps) - 1 - rising)
-        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-        optimizer.param_groups[0]["lr"] = peak * ((index + 1) / (rising + 1) if index < rising else cosine)
+        falling = max(0, index - rising) / max(1, len(steps) - 1 - rising)
+        angle = math.pi * (cosine[0] * (1 - falling) + cosine[1] * falling)
+        rate = peak * (0.1 + 0.45 * (1 + math.cos(angle)))
+        optimizer.param_groups[0]["lr"] = rate * ((index + 1) / (rising + 1) if index < rising else 1)
         loss = mean_loss(model, [examples[i] for i in step])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable(model), max_grad_norm)
@@ -91,3 +103,17 @@ def assert_moments_are(moments, model, optimizer, message=""):
     assert moments.step == next(iter(optimizer.state.values()))["step"], message
     group = optimizer.param_groups[0]
     assert (moments.betas, moments.eps) == (group["betas"], group["eps"])
+
+
+def give_moments(optimizer, model, moments):
+    """Give an AdamW that has made no step these moments, by the way that PyTorch loads an optimizer's state."""
+    names = [name.replace(".default.", ".") for name, weight in model.named_parameters() if weight.requires_grad]
+    state = {
+        place: {
+            "step": torch.tensor(float(moments.step)),
+            "exp_avg": moments.first[name],
+            "exp_avg_sq": moments.second[name],
+        }
+        for place, name in enumerate(names)
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -5,11 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradientspace_ray.recipe import BudgetSection, ExpertsSection, SingleLoraSection, TrainingSection
-from gradientspace_ray.training.budget import experts_settings, one_expert, single_lora_settings, warmup_settings
+from gradientspace_ray.recipe import BudgetSection, ExpertsSection, SingleLoraSection, WarmupSection
+from gradientspace_ray.training.budget import (
+    cosine_of,
+    experts_settings,
+    one_expert,
+    single_lora_settings,
+    warmup_settings,
+)
 from gradientspace_ray.training.schedule import plan_steps
 
-WARMUP = TrainingSection(epochs=2, learning_rate=3e-3, examples_per_step=16, weight_decay=0.1)
+WARMUP = WarmupSection(epochs=2, learning_rate=3e-3, examples_per_step=16, weight_decay=0.1, cosine_share=0.4)
 EXPERTS = ExpertsSection(
     epochs=1.5, learning_rate=1e-3, examples_per_step=4, min_steps=3, patience=2, heldout_share=0.1
 )
@@ -39,7 +45,7 @@ def test_generalist_and_experts_together_see_the_tokens_of_the_budget(run, passe
     lengths, parts = run
     budget = BudgetSection(tokens=max(1, round(passes * sum(lengths))), generalist_share=share)
     warmup = warmup_settings(WARMUP, budget, sum(lengths))
-    experts = experts_settings(EXPERTS, budget, sum(map(sum, parts)))
+    experts = experts_settings(EXPERTS, WARMUP, budget, sum(map(sum, parts)))
     own = tokens_seen(warmup, lengths)
     assert abs(own - budget.tokens * share) <= max(lengths)
     seen = [tokens_seen(one_expert(experts, len(part)), part) for part in parts]
@@ -48,7 +54,8 @@ def test_generalist_and_experts_together_see_the_tokens_of_the_budget(run, passe
         # By the size of its cluster.
         assert abs(tokens - rest * sum(part) / sum(map(sum, parts))) <= max(part)
     assert abs(own + sum(seen) - budget.tokens) <= max(lengths) + sum(map(max, parts))
-    assert changed(warmup, WARMUP) | changed(experts, EXPERTS) <= {"epochs"}
+    assert changed(warmup, WARMUP) <= {"epochs"}
+    assert changed(experts, EXPERTS) <= {"epochs", "warmup_share"}
 
 
 @given(
@@ -63,7 +70,8 @@ def test_the_single_lora_sees_as_many_tokens_as_made_the_experts(run, tokens, sh
     everything = [length for part in parts for length in part]
     budget = BudgetSection(tokens=tokens, generalist_share=share)
     warmup = warmup_settings(WARMUP, budget, sum(lengths))
-    experts = experts_settings(EXPERTS.model_copy(update={"start": experts_start}), budget, sum(everything))
+    experts = EXPERTS.model_copy(update={"start": experts_start})
+    experts = experts_settings(experts, WARMUP, budget, sum(everything))
     section = SingleLoraSection(start=start)
     single = single_lora_settings(section, warmup, experts, sum(lengths), sum(everything))
     wanted = sum(tokens_seen(one_expert(experts, len(part)), part) for part in parts)
@@ -88,30 +96,53 @@ def test_without_a_budget_whole_passes_of_the_single_lora_are_equal_to_the_token
 
 def test_without_a_budget_the_epochs_are_the_recipes():
     assert warmup_settings(WARMUP, BudgetSection(), 1000) == WARMUP
-    assert experts_settings(EXPERTS, BudgetSection(), 1000) == EXPERTS
+    experts = EXPERTS.model_copy(update={"start": "fresh"})
+    assert experts_settings(experts, WARMUP, BudgetSection(), 1000) == experts
 
 
 def test_a_budget_of_known_numbers():
     # 1,000 tokens, a quarter of them the generalist's, over passes of 500 and 300.
     budget = BudgetSection(tokens=1000, generalist_share=0.25)
     assert warmup_settings(WARMUP, budget, 500).epochs == pytest.approx(0.5)
-    assert experts_settings(EXPERTS, budget, 300).epochs == pytest.approx(2.5)
+    assert experts_settings(EXPERTS, WARMUP, budget, 300).epochs == pytest.approx(2.5)
 
 
-def test_the_single_lora_takes_the_experts_rate_and_size_of_a_step_unless_it_has_its_own():
+def test_what_continues_the_generalist_goes_the_rest_of_its_cosine_without_another_rise():
+    assert cosine_of("generalist", WARMUP) == (0.4, 1.0)
+    assert cosine_of("fresh", WARMUP) == (0.0, 1.0)
+    fresh = EXPERTS.model_copy(update={"start": "fresh", "warmup_share": 0.3})
+    for experts, rise in ((EXPERTS, 0.0), (fresh, 0.3)):
+        assert experts_settings(experts, WARMUP, BudgetSection(), 10).warmup_share == rise
+    warmup = WARMUP.model_copy(update={"warmup_share": 0.2})
+    for start, rise in (("generalist", 0.0), ("fresh", 0.2)):
+        assert single_lora_settings(SingleLoraSection(start=start), warmup, EXPERTS, 10, 10).warmup_share == rise
+
+
+def test_the_generalists_learning_rate_is_everyones_unless_they_have_their_own():
+    # Steps of a quarter of the size have half of the rate.
+    experts = experts_settings(EXPERTS.model_copy(update={"learning_rate": None}), WARMUP, BudgetSection(), 10)
+    assert experts.learning_rate == pytest.approx(1.5e-3)
+    assert experts_settings(EXPERTS, WARMUP, BudgetSection(), 10).learning_rate == 1e-3
     single = single_lora_settings(SingleLoraSection(), WARMUP, EXPERTS, 10, 10)
-    assert changed(single, EXPERTS) == {"epochs"}
-    assert (single.learning_rate, single.examples_per_step, single.epochs) == (1e-3, 4, 3.5)
+    assert (single.learning_rate, single.examples_per_step, single.epochs) == (pytest.approx(1.5e-3), 4, 3.5)
+    single = single_lora_settings(SingleLoraSection(examples_per_step=16), WARMUP, EXPERTS, 10, 10)
+    assert (single.learning_rate, single.examples_per_step) == (3e-3, 16)
     section = SingleLoraSection(learning_rate=2e-4, examples_per_step=5, start="generalist")
     single = single_lora_settings(section, WARMUP, EXPERTS, 10, 10)
     assert (single.learning_rate, single.examples_per_step, single.epochs) == (2e-4, 5, 1.5)
 
 
+def test_what_has_no_key_of_its_own_the_single_lora_has_from_the_experts():
+    single = single_lora_settings(SingleLoraSection(), WARMUP, EXPERTS, 10, 10)
+    assert changed(single, EXPERTS) == {"epochs", "learning_rate"}
+
+
 def test_a_small_cluster_takes_smaller_steps():
     small = one_expert(EXPERTS, 4)
-    assert changed(small, EXPERTS) == {"examples_per_step"}
+    assert changed(small, EXPERTS) == {"examples_per_step", "learning_rate"}
     # Four examples one and a half times, in at least three steps.
     assert small.examples_per_step == 2
+    assert small.learning_rate == pytest.approx(1e-3 / 2**0.5)
     assert len(plan_steps(4, 2, small.epochs, 0)) == 3
     assert one_expert(EXPERTS, 400) == EXPERTS
 

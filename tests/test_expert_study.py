@@ -169,22 +169,21 @@ def test_every_contender_trains_on_equally_many_tokens(done):
     assert {one.losses_N.shape for one in judged.values()} == {(len(PARTS.held_out),)}
 
 
-def test_learning_rates_of_experts_and_single_lora_are_tried_alike(done):
+def test_the_learning_rate_of_experts_is_the_baselines_best_scaled_to_their_steps(done):
     study, clerk = done
     assert {whose: len(tried) for whose, tried in study.tries.items()} == {
         "single LoRA, 8 a step": 3,
-        "experts, 8 a step": 3,
         "single LoRA, 2 a step": 3,
-        "experts, 2 a step": 3,
     }
-    for batch, rates in LEARNING_RATES.items():
-        chosen = {
-            task.learning_rate
-            for _, name, task in clerk.asked
-            if name.startswith(("expert ", "single")) and task.examples_per_step == batch
-            if isinstance(task, Finetune)
-        }
-        assert chosen == {rates[1]}
+    finetunes = [(name, task) for _, name, task in clerk.asked if isinstance(task, Finetune)]
+    chosen = {8: LEARNING_RATES[8][1], 2: LEARNING_RATES[8][1] / 2}
+    for name, task in finetunes:
+        if name.startswith("expert "):
+            assert task.learning_rate == pytest.approx(chosen[task.examples_per_step])
+        if name.startswith("generalist"):
+            assert task.learning_rate == chosen[8]
+        if name.startswith("single"):
+            assert task.learning_rate == LEARNING_RATES[task.examples_per_step][1]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_learning_rates_of_experts_and_single_lora_are_tried_alike(done):
 def test_learning_rates_are_tried_until_the_best_has_worse_on_both_sides(best, tried, chosen):
     study = Study(PARTS, SETTINGS[:1], Clerk(best), lambda line: None)
     asyncio.run(study.run())
-    assert set(study.tries) == {"single LoRA, 8 a step", "experts, 8 a step"}
+    assert set(study.tries) == {"single LoRA, 8 a step"}
     assert all(list(losses) == [f"{rate:g}" for rate in sorted(tried)] for losses in study.tries.values())
     tuned = ("single LoRA, 8 a step", "generalist 0.5", f"domains: {SETTINGS[0]}")
     assert [study.contenders[name].learning_rate for name in tuned] == [chosen] * 3
@@ -211,7 +210,10 @@ def test_experts_start_from_the_generalist_and_see_what_it_has_not_seen(done):
         assert len(experts) == 4
         for expert in experts:
             assert (expert.start is None) == (not setting.generalist)
-            seen = clerk.finetunes[expert.start].examples if expert.start else []
+            generalist = clerk.finetunes[expert.start] if expert.start else None
+            # Together they go along one cosine.
+            assert expert.cosine == (generalist.cosine[1] if generalist else 0.0, 1.0)
+            seen = generalist.examples if generalist else []
             assert not any(example in seen for example in expert.examples)
 
 
@@ -223,6 +225,7 @@ def test_the_report_is_json_and_is_shown_in_order(done):
         "base",
         "generalist 0.25",
         "generalist 0.5",
+        "generalist 0.75",
         "single LoRA, 2 a step",
         "single LoRA, 8 a step",
         *(f"{kind}: {one}" for one in SETTINGS for kind in ("domains", "clusters, routed", "clusters, oracle")),
@@ -242,7 +245,8 @@ def test_a_task_is_known_by_all_that_decides_it():
     keys = {key_of(place, one), key_of(Place("model", "bfloat16", "cache"), one)}
     keys |= {key_of(place, one._replace(start="x")), key_of(place, one._replace(learning_rate=2e-3))}
     keys |= {key_of(place, Losses(None, one.examples)), key_of(place, Clusters("x", one.examples))}
-    assert len(keys) == 6
+    keys.add(key_of(place, one._replace(cosine=(0.0, 0.5))))
+    assert len(keys) == 7
     assert key_of(place, one) == key_of(Place("model", "float32", "elsewhere"), Finetune(*one))
 
 

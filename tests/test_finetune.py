@@ -12,7 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_training import adamw, flat_weights, mean_loss, plain_training, random_examples, small_adapted_model
+from reference_training import (
+    adamw,
+    assert_moments_are,
+    flat_weights,
+    mean_loss,
+    plain_training,
+    random_examples,
+    small_adapted_model,
+)
 
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.checkpointing import activation_checkpointing
@@ -56,11 +64,11 @@ def planned(examples, examples_per_step, epochs):
     return plan_steps(len(examples), examples_per_step, epochs, SEED, [len(input_ids) for input_ids, _ in examples])
 
 
-def made(data=BOTH, changes=(), state=None, dropout=0.0, seed=SEED, **calls):
-    """Outcome of a finetune of a fresh model that was given the weights of `state`."""
+def made(data=BOTH, changes=(), state=None, dropout=0.0, seed=SEED, start=None, **calls):
+    """Outcome of a finetune of a fresh model that was given the weights of `state`, or `start`."""
     model = fresh_model(dropout)
-    if state:
-        set_weights(model, state.weights)
+    if weights := state.weights if state else start:
+        set_weights(model, weights)
     section = SETTINGS.model_copy(update=dict(changes))
     engine = PlainEngine(model, torch.float32, section.weight_decay, section.max_grad_norm)
     return finetune(engine, data, section, seed=seed, state=state, **calls)
@@ -110,8 +118,20 @@ def assert_same(found, wanted):
 
 
 @cache
-def undisturbed(heldout, dropout, **changes):
-    return made(Data(TRAIN, HELD_OUT if heldout else ()), changes.items(), dropout=dropout)
+def generalist():
+    """Outcome of a finetune along the first half of the cosine."""
+    return made(Data(TRAIN[:5]), cosine=(0.0, 0.5))
+
+
+def continuing(is_true):
+    """What tells a finetune to go on from there."""
+    return {"moments": generalist().state.moments, "cosine": (0.5, 1.0)} if is_true else {}
+
+
+@cache
+def undisturbed(heldout, dropout, continues=False, **changes):
+    data = Data(TRAIN, HELD_OUT if heldout else ())
+    return made(data, changes.items(), dropout=dropout, **continuing(continues))
 
 
 @settings(max_examples=15)
@@ -122,9 +142,10 @@ def undisturbed(heldout, dropout, **changes):
     patience=st.none() | st.integers(1, 2),
     heldout=st.booleans(),
     dropout=st.sampled_from([0.0, 0.3]),
+    continues=st.booleans(),
 )
 def test_one_who_is_killed_and_resumes_ends_where_the_undisturbed_one_does(
-    stops, checkpoint_every, evaluate_every, patience, heldout, dropout
+    stops, checkpoint_every, evaluate_every, patience, heldout, dropout, continues
 ):
     changes = {**LIVELY, "evaluate_every": evaluate_every, "patience": patience}
     with tempfile.TemporaryDirectory() as folder:
@@ -134,8 +155,9 @@ def test_one_who_is_killed_and_resumes_ends_where_the_undisturbed_one_does(
             data=Data(TRAIN, HELD_OUT if heldout else ()),
             changes={**changes, "checkpoint_every": checkpoint_every}.items(),
             dropout=dropout,
+            **continuing(continues),
         )
-    assert_same(found, undisturbed(heldout, dropout, **changes))
+    assert_same(found, undisturbed(heldout, dropout, continues, **changes))
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))
@@ -218,6 +240,33 @@ def test_losses_and_what_is_kept_are_those_of_a_plain_loop(reference, evaluate_e
     torch.testing.assert_close(kept, after[best - 1][1], atol=1e-4, rtol=0)
     torch.testing.assert_close(last, after[-1][1], atol=1e-4, rtol=0)
     assert outcome.tokens == sum(len(TRAIN[index][0]) for step in steps for index in step)
+
+
+def test_two_that_continue_one_another_are_one_plain_loop_with_one_optimizer():
+    first, second = TRAIN[:5], TRAIN[5:]
+    model = fresh_model(attention="eager")
+    optimizer = adamw(model, 0.01)
+    parts = [(first, 0.1, (0.0, 0.5)), (second, 0.0, (0.5, 1.0))]
+    losses = [
+        plain_training(
+            model,
+            examples,
+            planned(examples, 2, 1.75),
+            peak=3e-2,
+            warmup_share=rise,
+            cosine=cosine,
+            max_grad_norm=0.5,
+            optimizer=optimizer,
+        )
+        for examples, rise, cosine in parts
+    ]
+    before = generalist().state
+    after = made(Data(second), {"warmup_share": 0.0}.items(), start=before.weights, **continuing(True)).state
+    np.testing.assert_allclose([*before.losses, *after.losses], [*losses[0], *losses[1]], atol=1e-4)
+    assert_moments_are(after.moments, model, optimizer)
+    assert after.moments.step == len(before.losses) + len(after.losses)
+    weights = torch.cat([weight.flatten() for weight in after.weights.values()])
+    torch.testing.assert_close(weights, flat_weights(model), atol=1e-4, rtol=0)
 
 
 def test_the_weights_that_are_kept_have_the_lowest_held_out_loss():

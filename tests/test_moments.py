@@ -86,7 +86,7 @@ def test_missing_moments_name_the_file_and_the_stage_to_run(tmp_path):
     with pytest.raises(MomentsError) as error:
         load_moments(tmp_path)
     path = tmp_path / MOMENTS_FILE
-    assert str(error.value) == f"{path} is missing, so gradients cannot be preconditioned; {AGAIN}"
+    assert str(error.value) == f"{path} is missing, which gradients are scaled by and experts begin with; {AGAIN}"
 
 
 @pytest.mark.parametrize(

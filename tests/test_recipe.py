@@ -30,7 +30,7 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path):
         ("clusters.count=many", "clusters.count"),
         ("data.sources=[]", "data.sources"),
         ("model.name.deep=1", "name is a value"),
-        ("compute.device=cuda", "compute: device cuda needs gpus_per_worker above 0, such as 1"),
+        ("compute.device=cuda", "compute.device cuda needs compute.gpus_per_worker above 0, such as 1"),
         ("experts.epochs", "section.key=value"),
     ],
 )

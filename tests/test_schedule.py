@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from gradientspace_ray.training.schedule import learning_rate, plan_rows, plan_steps, step_size
+from gradientspace_ray.training.schedule import learning_rate, plan_rows, plan_steps, scaled_rate, step_size
 
 
 @pytest.mark.parametrize(("total", "share"), [(40, 0.1), (40, 0.0), (7, 0.5), (100, 0.03)])
@@ -25,6 +25,33 @@ def test_learning_rate_is_that_of_pytorchs_schedulers(total, share):
         assert learning_rate(step, total, 3e-4, share) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
         optimizer.step()
         scheduler.step()
+
+
+@given(parts=st.lists(st.integers(2, 30), min_size=1, max_size=4), share=st.sampled_from([0.0, 0.2]))
+def test_finetunes_that_continue_one_another_go_along_one_cosine(parts, share):
+    # Each but the first begins again at the rate where the one before ended.
+    rising = round(parts[0] * share)
+    total = sum(parts) - len(parts) + 1 - rising
+    whole = [learning_rate(step, total, 2.0, 0.0) for step in range(total)]
+    begun = 0
+    for place, steps in enumerate(parts):
+        falling = steps - (rising if place == 0 else 0)
+        cosine = (begun / max(1, total - 1), (begun + falling - 1) / max(1, total - 1))
+        rates = [learning_rate(step, steps, 2.0, share if place == 0 else 0.0, cosine) for step in range(steps)]
+        assert rates[steps - falling :] == pytest.approx(whole[begun : begun + falling])
+        begun += falling - 1
+
+
+def test_a_rise_ends_where_its_part_of_the_cosine_begins():
+    rates = [learning_rate(step, 10, 1.0, 0.2, (0.5, 1.0)) for step in range(10)]
+    assert rates[:3] == pytest.approx([0.55 / 3, 0.55 * 2 / 3, 0.55])
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_the_rate_of_other_steps_grows_with_the_root_of_their_size():
+    assert scaled_rate(4e-3, 8, 2) == pytest.approx(2e-3)
+    assert scaled_rate(1e-3, 2, 8) == pytest.approx(2e-3)
+    assert scaled_rate(1e-3, 3, 3) == 1e-3
 
 
 @pytest.mark.parametrize("total", [1, 2, 3])

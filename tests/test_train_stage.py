@@ -13,6 +13,7 @@ from reference_training import (
     adamw,
     assert_moments_are,
     flat_weights,
+    give_moments,
     mean_loss,
     plain_training,
     random_examples,
@@ -38,8 +39,8 @@ SKILLS = [random_examples(20, seed=1, low=10, high=40), random_examples(12, seed
 EXAMPLES = [example for pair in zip(SKILLS[0][:12], SKILLS[1], strict=True) for example in pair] + SKILLS[0][12:]
 CLUSTERS = [0, 1] * 12 + [0] * 8
 HELD_OUT = random_examples(6, seed=3, low=10, high=40) + random_examples(6, seed=4, low=120, high=150)
-WARMUP = {"epochs": 5, "learning_rate": 3e-2, "examples_per_step": 8, "tokens_per_batch": 100}
-EXPERTS = {"epochs": 1, "learning_rate": 5e-3, "examples_per_step": 5, "tokens_per_batch": 100}
+WARMUP = {"epochs": 5, "learning_rate": 3e-2, "examples_per_step": 8, "tokens_per_batch": 100, "cosine_share": 0.6}
+EXPERTS = {"epochs": 1, "examples_per_step": 5, "tokens_per_batch": 100}
 
 
 def on_ray(test):
@@ -141,6 +142,7 @@ def finetune_of(cluster):
         settings=TrainingSection(),
         cluster=cluster,
         start=None,
+        cosine=(0.0, 1.0),
         key="the key",
         tokens=10,
         steps=1,
@@ -157,6 +159,7 @@ def write_adapter(run, cluster, weights=b"weights"):
     run.write_bytes("scratch/adapter_model.safetensors", files["adapter_model.safetensors"])
     digest = committed_digest(run, "scratch")
     folder = finetune.name if cluster is None else f"experts/{finetune.name}@{digest}"
+    files |= {} if cluster is not None else {MOMENTS_FILE: b"moments"}
     with run.staged(folder, last="training.json") as staged:
         for name, data in files.items():
             (staged / name).write_bytes(data)
@@ -233,7 +236,7 @@ def test_generalist_is_that_of_a_plain_loop(generalist, run, tiny_model_dir):
     model = add_lora(base(tiny_model_dir), 4, 8, "all-linear", SEED)
     steps = plan_steps(len(EXAMPLES), 8, 5, [SEED, ORDER_PURPOSE["warmup"]])
     optimizer = adamw(model)
-    losses = plain_training(model, EXAMPLES, steps, peak=3e-2, warmup_share=0.1, optimizer=optimizer)
+    losses = plain_training(model, EXAMPLES, steps, peak=3e-2, warmup_share=0.1, cosine=(0.0, 0.6), optimizer=optimizer)
     made = record(run.fetch("generalist"))
     np.testing.assert_allclose(made["losses"], losses, atol=1e-4)
     torch.testing.assert_close(
@@ -265,8 +268,11 @@ def test_experts_continue_the_generalist_as_a_plain_loop_does(experts, run, tiny
     if name != "single_lora":
         examples = [e for e, cluster in zip(EXAMPLES, CLUSTERS, strict=True) if cluster == NAMES.index(name)]
     model = load_adapter(base(tiny_model_dir), run.fetch("generalist"), trainable=True)
+    optimizer = adamw(model)
+    give_moments(optimizer, model, load_moments(run.fetch("generalist")))
     steps = plan_steps(len(examples), 5, 1, [SEED, ORDER_PURPOSE["experts"]])
-    losses = plain_training(model, examples, steps, peak=5e-3, warmup_share=0.1)
+    peak = 3e-2 * (5 / 8) ** 0.5
+    losses = plain_training(model, examples, steps, peak=peak, warmup_share=0, cosine=(0.6, 1.0), optimizer=optimizer)
     made = record(folder)
     np.testing.assert_allclose(made["losses"], losses, atol=1e-4)
     assert (made["workers"], made["zero_stage"], made["examples"]) == (2, 2, len(examples))

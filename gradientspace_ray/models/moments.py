@@ -103,7 +103,7 @@ def moments_digest(folder: Path) -> str:
 def _existing(folder: Path) -> Path:
     path = folder / MOMENTS_FILE
     if not path.is_file():
-        raise MomentsError(f"{path} is missing, so gradients cannot be preconditioned; {MEND}")
+        raise MomentsError(f"{path} is missing, which gradients are scaled by and experts begin with; {MEND}")
     return path
 
 

@@ -27,6 +27,7 @@ from gradientspace_ray.examples.splits import hashed_position
 from gradientspace_ray.models import loading
 from gradientspace_ray.models.attention import UnsupportedModelError
 from gradientspace_ray.models.checkpointing import activation_checkpointing
+from gradientspace_ray.models.moments import MomentsError, load_moments
 from gradientspace_ray.models.reading import is_out_of_memory
 from gradientspace_ray.recipe import Recipe, TrainingSection, parse_recipe
 from gradientspace_ray.registry import adapter_digest
@@ -47,7 +48,7 @@ HELD_OUT = "held out: "
 # The second part of a seed: one recipe seed gives independent orders to the stages.
 ORDER_PURPOSE = {"warmup": 1, "experts": 2}
 # Mistakes that a second try would repeat, but that one worker of several may meet alone.
-LASTING_ERRORS = (loading.ModelError, UnsupportedModelError, RunError)
+LASTING_ERRORS = (loading.ModelError, MomentsError, UnsupportedModelError, RunError)
 
 
 class Finetune(BaseModel):
@@ -62,7 +63,9 @@ class Finetune(BaseModel):
     cluster: int | None
     """Trained on this cluster; None is the whole training split, or all clusters for the single LoRA."""
     start: str | None
-    """Folder of the adapter that it continues; None is a fresh one."""
+    """Folder of the finetune that it continues; None begins with a fresh adapter."""
+    cosine: tuple[float, float]
+    """The part of the cosine that its learning rate goes along."""
     key: str
     """Digest of everything that decides the adapter."""
     tokens: int
@@ -188,6 +191,8 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: 
             data,
             plan.settings,
             seed=[recipe.seed, ORDER_PURPOSE[plan.section]],
+            cosine=plan.cosine,
+            moments=load_moments(start) if start else None,
             worker=worker,
             state=state,
             must_leave=_must_leave,

@@ -8,13 +8,20 @@ import ray
 
 from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.models.merging import write_merged
+from gradientspace_ray.models.moments import moments_digest
 from gradientspace_ray.recipe import BudgetSection, ExpertsSection, Recipe, RecipeError, TrainingSection
 from gradientspace_ray.registry import committed_digest
 from gradientspace_ray.run import RunDirectory, Summary, digest_of
 from gradientspace_ray.stages.deepspeed_engine import configuration
 from gradientspace_ray.stages.finetune_worker import EVENTS, EXPERTS, ORDER_PURPOSE, Finetune, examples_of
 from gradientspace_ray.stages.finetunes import train_missing
-from gradientspace_ray.training.budget import experts_settings, one_expert, single_lora_settings, warmup_settings
+from gradientspace_ray.training.budget import (
+    cosine_of,
+    experts_settings,
+    one_expert,
+    single_lora_settings,
+    warmup_settings,
+)
 from gradientspace_ray.training.checkpoints import Committed
 from gradientspace_ray.training.schedule import plan_steps
 from gradientspace_ray.training.tracking import check_trackers
@@ -98,23 +105,29 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
 def plan_generalist(recipe: Recipe, run: RunDirectory) -> Finetune:
     """The warm-up's finetune."""
     settings = warmup_settings(recipe.warmup, recipe.budget, _tokens(recipe, run, "warmup"))
-    return _plan(recipe, run, GENERALIST, "warmup", settings, None, None)
+    return _plan(recipe, run, GENERALIST, "warmup", settings, (0.0, settings.cosine_share))
 
 
 def plan_experts(recipe: Recipe, run: RunDirectory) -> list[Finetune]:
     """A finetune for each cluster, and the baseline's."""
     names = run.read_json(QUALITY)["names"]
     tokens = _tokens(recipe, run, "experts")
-    settings = experts_settings(recipe.experts, recipe.budget, tokens)
-    start = GENERALIST if settings.start == "generalist" else None
-    finetunes = [_plan(recipe, run, name, "experts", settings, cluster, start) for cluster, name in enumerate(names)]
+    settings = experts_settings(recipe.experts, recipe.warmup, recipe.budget, tokens)
+    cosine, start = cosine_of(settings.start, recipe.warmup), _start(settings.start)
+    finetunes = [
+        _plan(recipe, run, name, "experts", settings, cosine, start, cluster) for cluster, name in enumerate(names)
+    ]
     if recipe.single_lora.train:
         all_tokens = _tokens(recipe, run, "warmup")
         warmup = warmup_settings(recipe.warmup, recipe.budget, all_tokens)
         baseline = single_lora_settings(recipe.single_lora, warmup, settings, all_tokens, tokens)
-        start = GENERALIST if recipe.single_lora.start == "generalist" else None
-        finetunes.append(_plan(recipe, run, SINGLE_LORA, "experts", baseline, None, start))
+        cosine, start = cosine_of(recipe.single_lora.start, recipe.warmup), _start(recipe.single_lora.start)
+        finetunes.append(_plan(recipe, run, SINGLE_LORA, "experts", baseline, cosine, start))
     return finetunes
+
+
+def _start(start: str) -> str | None:
+    return GENERALIST if start == "generalist" else None
 
 
 def _tokens(recipe: Recipe, run: RunDirectory, section: str) -> int:
@@ -130,8 +143,9 @@ def _plan(
     name: str,
     section: Literal["warmup", "experts"],
     settings: TrainingSection,
-    cluster: int | None,
-    start: str | None,
+    cosine: tuple[float, float],
+    start: str | None = None,
+    cluster: int | None = None,
 ) -> Finetune:
     table, heldout = examples_of(recipe, run, section, cluster, ["id", "tokens"])
     if cluster is not None and isinstance(settings, ExpertsSection):
@@ -148,7 +162,8 @@ def _plan(
         "cluster": cluster,
         "steps": digest_of(steps),
         "examples": [table["id"].to_pylist(), heldout["id"].to_pylist()],
-        "start": committed_digest(run, start) if start else None,
+        "cosine": cosine,
+        "start": [committed_digest(run, start), moments_digest(run.fetch(start))] if start else None,
     }
     return Finetune(
         name=name,
@@ -156,6 +171,7 @@ def _plan(
         settings=TrainingSection.model_validate(settings.model_dump(include=set(TrainingSection.model_fields))),
         cluster=cluster,
         start=start,
+        cosine=cosine,
         key=digest_of(key),
         tokens=sum(tokens[index] for step in steps for index in step),
         steps=len(steps),

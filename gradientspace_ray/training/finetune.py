@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gradientspace_ray.examples.packing import Example
+from gradientspace_ray.models.moments import AdamMoments
 from gradientspace_ray.recipe import TrainingSection
 from gradientspace_ray.training.engine import Engine
 from gradientspace_ray.training.loop import ALONE, Step, Worker, heldout_loss, train
-from gradientspace_ray.training.schedule import plan_steps
+from gradientspace_ray.training.schedule import WHOLE_COSINE, plan_steps
 from gradientspace_ray.training.state import TrainingState
 
 
@@ -38,6 +39,8 @@ def finetune(
     settings: TrainingSection,
     *,
     seed: Sequence[int],
+    cosine: tuple[float, float] = WHOLE_COSINE,
+    moments: AdamMoments | None = None,
     worker: Worker = ALONE,
     state: TrainingState | None = None,
     on_step: Callable[[Step, float | None], None] | None = None,
@@ -49,10 +52,12 @@ def finetune(
     All workers call it with the same arguments, but for `worker`, `on_step` and `save`.
 
     Args:
-        engine: holds the weights of `state` where there is one, and an optimizer that has made no step.
+        engine: holds the weights to begin with, of `state` where there is one, and an optimizer that has made no step.
         data: examples.
         settings: of the finetune.
         seed: decides the order of the examples.
+        cosine: see `learning_rate`.
+        moments: of the finetune that this one continues.
         worker: this one.
         state: where an earlier try stood; None begins.
         on_step: called after every step, with the held-out loss where it was taken.
@@ -66,8 +71,8 @@ def finetune(
     lengths = [len(input_ids) for input_ids, _ in data.train]
     steps = plan_steps(len(lengths), settings.examples_per_step, settings.epochs, seed, lengths)
     losses, found, best = (list(state.losses), list(state.heldout), state.best) if state else ([], [], None)
-    if state:
-        engine.restore(state.moments)
+    if earlier := state.moments if state else moments:
+        engine.restore(earlier)
     started = time.monotonic() - (state.seconds if state else 0.0)
 
     def current() -> TrainingState:
@@ -80,6 +85,7 @@ def finetune(
         steps,
         peak=settings.learning_rate,
         warmup_share=settings.warmup_share,
+        cosine=cosine,
         tokens_per_batch=settings.tokens_per_batch,
         worker=worker,
         first=len(losses),

@@ -14,7 +14,7 @@ import torch
 
 from gradientspace_ray.examples.packing import IGNORED, Example, pack
 from gradientspace_ray.training.engine import Engine, TrainingError
-from gradientspace_ray.training.schedule import learning_rate, plan_rows
+from gradientspace_ray.training.schedule import WHOLE_COSINE, learning_rate, plan_rows
 
 
 class Worker(NamedTuple):
@@ -50,6 +50,7 @@ def train(
     *,
     peak: float,
     warmup_share: float,
+    cosine: tuple[float, float] = WHOLE_COSINE,
     tokens_per_batch: int,
     worker: Worker = ALONE,
     first: int = 0,
@@ -61,8 +62,9 @@ def train(
         engine: see `Engine`.
         examples: all examples, the same on every worker.
         steps: the plan, from `plan_steps`, the same on every worker.
-        peak: highest learning rate.
-        warmup_share: see `learning_rate`.
+        peak: see `learning_rate`, as for `warmup_share` and `cosine`.
+        warmup_share: share of the steps.
+        cosine: from where to where.
         tokens_per_batch: tokens in one packed row.
         worker: this one.
         first: steps that were made before, by the engine as it is; 0 begins.
@@ -75,7 +77,7 @@ def train(
     lengths = [len(input_ids) for input_ids, _ in examples]
     label_tokens = [_label_count(labels) for _, labels in examples]
     for index in range(first, len(steps)):
-        rate = learning_rate(index, len(steps), peak, warmup_share)
+        rate = learning_rate(index, len(steps), peak, warmup_share, cosine)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(int(np.random.SeedSequence([*seed, index, worker.world_rank]).generate_state(1)[0]))

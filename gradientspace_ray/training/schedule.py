@@ -15,20 +15,40 @@ FINAL_SHARE = 0.1
 """Share of the peak at which the cosine ends."""
 
 
-def learning_rate(step: int, total_steps: int, peak: float, warmup_share: float) -> float:
+WHOLE_COSINE = (0.0, 1.0)
+
+
+def learning_rate(
+    step: int, total_steps: int, peak: float, warmup_share: float, cosine: tuple[float, float] = WHOLE_COSINE
+) -> float:
     """Learning rate of an optimizer step: a linear rise, then a cosine to a tenth of the peak (SGDR, arXiv 1608.03983).
+
+    Finetunes that continue one another share a cosine: each begins where the one before ended.
 
     Args:
         step: 0 is the first.
-        total_steps: the last step, `total_steps - 1`, has a tenth of the peak, unless it is the first after the rise.
-        peak: reached at the end of the rise.
-        warmup_share: share of the steps in which it rises.
+        total_steps: the last step, `total_steps - 1`, is at the end of the cosine, unless it is the first after the
+            rise.
+        peak: of the cosine.
+        warmup_share: share of the steps in which it rises, to the cosine's first value.
+        cosine: from where to where it goes: 0 is the peak, 1 a tenth of it.
     """
     rising = round(total_steps * warmup_share)
-    if step < rising:
-        return peak * (step + 1) / (rising + 1)
-    progress = (step - rising) / max(1, total_steps - 1 - rising)
-    return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
+    first, last = cosine
+    progress = first + (last - first) * max(0, step - rising) / max(1, total_steps - 1 - rising)
+    rate = peak * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
+    return rate * min(1.0, (step + 1) / (rising + 1))
+
+
+def scaled_rate(rate: float, step_examples: int, examples: int) -> float:
+    """Adam's learning rate for steps of another size: times the root of the ratio (Malladi et al., arXiv 2205.10287).
+
+    Args:
+        rate: for steps of `step_examples`.
+        step_examples: examples in a step.
+        examples: in a step of the other size.
+    """
+    return rate * math.sqrt(examples / step_examples)
 
 
 def plan_steps(

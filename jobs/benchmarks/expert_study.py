@@ -1,15 +1,15 @@
 """Experts against the single LoRA at equal training tokens, for several settings of the budget: held-out losses.
 
 The budget is one pass over the training examples. The single LoRA spends it in one piece, from a fresh adapter; the
-others give a share of it to a generalist, trained at the single LoRA's learning rate, and the rest to the experts. A
-domain's expert serves the domain's held-out examples, as if the router were perfect. Those of the gradient clusters
-are served by a router that learned from the training prompts, and by an oracle, which takes the lowest loss of the
-experts, example by example, and which no router can be.
+others give a share of it to a generalist, and the rest to experts that continue it, its optimizer and its learning
+rate. A domain's expert serves the domain's held-out examples, as if the router were perfect. Those of the gradient
+clusters are served by a router that learned from the training prompts, and by an oracle, which takes the lowest loss of
+the experts, example by example, and which no router can be.
 
-The learning rates of the experts and of the single LoRA are chosen alike, on a validation part, by runs of a share of
-the budget: the single LoRA's from fresh adapters; the experts', of each domain its own, from the generalist that had
-half of the examples. Three are tried, and twice or half as much while the best is the highest or the lowest. Experts
-that begin with fresh adapters have the single LoRA's, which does too. The clusters are those found at that generalist.
+The learning rate is the baseline's best: it is chosen on a validation part, by runs of the single LoRA on a share of
+the budget, for each size of its steps. Three are tried, and twice or half as much while the best is the highest or the
+lowest. The generalist has that of its own steps, and the experts the generalist's, scaled to theirs as a recipe does.
+The clusters are those found at the generalist that had half of the examples.
 
     python jobs/benchmarks/expert_study.py --data DIR --cache DIR
 

@@ -12,8 +12,10 @@ from expert_study_data import Labelled, Parts, between, by_group
 from expert_study_desk import Desk, Tell
 from expert_study_worker import TRAINING, Clusters, Finetune, Losses, Route
 
+from gradientspace_ray.training.schedule import WHOLE_COSINE, scaled_rate
+
 CLUSTERED_AT = 0.5
-"""Share of the generalist whose gradients are clustered, and from which the experts' learning rates are tried."""
+"""Share of the generalist whose gradients are clustered."""
 LEARNING_RATES = {8: (1e-3, 2e-3, 4e-3), 2: (5e-4, 1e-3, 2e-3)}
 """Examples of an optimizer step -> what is tried first; while the best of all is at an end, the next one beyond."""
 TRIED_SHARES = {8: 0.25, 2: 0.125}
@@ -34,7 +36,7 @@ class Setting(NamedTuple):
         return f"{start}, experts {1 - self.generalist:g}, {self.examples_per_step} a step"
 
 
-SETTINGS = (Setting(0.5, 8), Setting(0.5, 2), Setting(0.25, 2), Setting(0, 2))
+SETTINGS = (Setting(0.5, 8), Setting(0.5, 2), Setting(0.25, 2), Setting(0.75, 2), Setting(0, 2))
 
 
 class Adapter(NamedTuple):
@@ -69,7 +71,7 @@ class _Plan(NamedTuple):
     setting: Setting
     urgency: float
     start: Adapter
-    learning_rate: "asyncio.Task[float]"
+    learning_rate: float
 
 
 class Study:
@@ -115,13 +117,20 @@ class Study:
         return means | {"mean": float(losses_N.mean())}
 
     async def _finetune(
-        self, urgency: float, name: str, start: Adapter, places: Sequence[int], batch: int, rate: float
+        self,
+        urgency: float,
+        name: str,
+        start: Adapter,
+        places: Sequence[int],
+        batch: int,
+        rate: float,
+        cosine: tuple[float, float] = WHOLE_COSINE,
     ) -> Adapter:
         """An adapter trained on some of the training examples; without any, what it would start from."""
         if not places:
             return start
         examples = [self.parts.training[place].example for place in places]
-        key, answer = await self._desk.do(urgency, name, Finetune(start.key, examples, batch, rate))
+        key, answer = await self._desk.do(urgency, name, Finetune(start.key, examples, batch, rate, cosine))
         return Adapter(key, answer["steps"], answer["tokens"])
 
     async def _losses(self, urgency: float, name: str, adapter: Adapter, rows: Sequence[Labelled]) -> np.ndarray:
@@ -153,7 +162,8 @@ class Study:
         urgency = URGENT if share == CLUSTERED_AT else SOON
         places = between(len(self.parts.training), 0, share)
         batch, rate = TRAINING.examples_per_step, await self._generalists_rate()
-        return await self._finetune(urgency, f"generalist {share:g}", Adapter(), places, batch, rate)
+        cosine = (0.0, share)
+        return await self._finetune(urgency, f"generalist {share:g}", Adapter(), places, batch, rate, cosine)
 
     async def _generalist_alone(self, urgency: float, share: float) -> None:
         rate, adapter = await self._generalists_rate(), await self._generalist(share)
@@ -191,27 +201,6 @@ class Study:
         self.tries[whose] = {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
         return best
 
-    async def _experts_rate(self, urgency: float, setting: Setting) -> float:
-        batch = setting.examples_per_step
-        if not setting.generalist:
-            return await self._single_rates[batch]
-        tried_on = between(len(self.parts.training), CLUSTERED_AT, CLUSTERED_AT + TRIED_SHARES[batch])
-        groups = by_group(tried_on, self._domains)
-        start = await self._generalist(CLUSTERED_AT)
-
-        async def tried(rate: float) -> float:
-            name = f"try at {rate:g}, {batch} a step"
-            made = await asyncio.gather(
-                *(
-                    self._finetune(urgency, f"{domain}, {name}", start, places, batch, rate)
-                    for domain, places in groups.items()
-                )
-            )
-            adapters = dict(zip(groups, made, strict=True))
-            return float((await self._own_losses(urgency, name, adapters, self.parts.validation)).mean())
-
-        return await self._chosen(f"experts, {batch} a step", batch, tried)
-
     async def _cluster(self) -> list[int]:
         """Cluster of each training example."""
         start = await self._generalist(CLUSTERED_AT)
@@ -235,19 +224,25 @@ class Study:
         return labels
 
     async def _setting(self, urgency: float, setting: Setting, labels: "asyncio.Task[list[int]]") -> None:
-        rate = asyncio.create_task(self._experts_rate(urgency, setting))
+        rate = scaled_rate(await self._generalists_rate(), TRAINING.examples_per_step, setting.examples_per_step)
         start = await self._generalist(setting.generalist) if setting.generalist else Adapter()
         plan = _Plan(setting, urgency, start, rate)
         await asyncio.gather(self._of_domains(plan), self._of_clusters(plan, labels))
 
     async def _experts(self, plan: _Plan, groups: Sequence[str]) -> dict[str, Adapter]:
         """An expert of each group, trained on its examples that the generalist has not seen."""
-        setting, rate = plan.setting, await plan.learning_rate
+        setting = plan.setting
         places = by_group(between(len(self.parts.training), setting.generalist, 1), groups)
         made = await asyncio.gather(
             *(
                 self._finetune(
-                    plan.urgency, f"expert {group}, {setting}", plan.start, own, setting.examples_per_step, rate
+                    plan.urgency,
+                    f"expert {group}, {setting}",
+                    plan.start,
+                    own,
+                    setting.examples_per_step,
+                    plan.learning_rate,
+                    (setting.generalist, 1.0),
                 )
                 for group, own in places.items()
             )
@@ -258,12 +253,12 @@ class Study:
         setting = plan.setting
         made = await self._experts(plan, self._domains)
         losses_N = await self._own_losses(plan.urgency, f"{setting}", made, self.parts.held_out)
-        self._note(f"domains: {setting}", Contender(losses_N, await plan.learning_rate, plan.start, made, setting))
+        self._note(f"domains: {setting}", Contender(losses_N, plan.learning_rate, plan.start, made, setting))
 
     async def _of_clusters(self, plan: _Plan, labels: "asyncio.Task[list[int]]") -> None:
         setting = plan.setting
         made = await self._experts(plan, [str(label) for label in await labels])
-        rate, routed = await plan.learning_rate, [str(label) for label in self.clusters["routed"]]
+        rate, routed = plan.learning_rate, [str(label) for label in self.clusters["routed"]]
 
         async def losses(label: str, places: Sequence[int], urgency: float) -> np.ndarray:
             rows = [self.parts.held_out[place] for place in places]

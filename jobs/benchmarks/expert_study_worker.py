@@ -37,7 +37,7 @@ from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.sketch.online_svd import OnlineSVD
 from gradientspace_ray.training.engine import PlainEngine
 from gradientspace_ray.training.loop import train
-from gradientspace_ray.training.schedule import plan_steps
+from gradientspace_ray.training.schedule import WHOLE_COSINE, plan_steps
 
 RECORD = "record.json"
 TOKENS_PER_BATCH = 1024
@@ -58,10 +58,12 @@ class Finetune(NamedTuple):
     """One pass over the examples, in an order that the seed decides. Its answer: `steps`, `tokens`, `losses`."""
 
     start: str | None
-    """Key of the finetune whose adapter it goes on with; None: a fresh one."""
+    """Key of the finetune that it goes on with, weights and moments; None: a fresh adapter."""
     examples: list[Example]
     examples_per_step: int
     learning_rate: float
+    cosine: tuple[float, float] = WHOLE_COSINE
+    """The part of the cosine that its learning rate goes along."""
 
 
 class Clusters(NamedTuple):
@@ -149,12 +151,15 @@ def _model(place: Place, adapter: str | None) -> PeftModel:
 def _finetune(place: Place, task: Finetune, folder: Path) -> dict[str, Any]:
     model = _model(place, task.start)
     engine = PlainEngine(model, as_dtype(place.dtype), TRAINING.weight_decay, TRAINING.max_grad_norm)
+    if task.start:
+        engine.restore(load_moments(Path(place.cache) / task.start))
     made = train(
         engine,
         task.examples,
         plan_steps(len(task.examples), task.examples_per_step, 1, SEED),
         peak=task.learning_rate,
-        warmup_share=TRAINING.warmup_share,
+        warmup_share=0.0 if task.start else TRAINING.warmup_share,
+        cosine=task.cosine,
         tokens_per_batch=TOKENS_PER_BATCH,
     )
     tokens, losses = zip(*((step.tokens, step.loss) for step in made), strict=True)
