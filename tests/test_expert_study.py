@@ -191,11 +191,12 @@ def test_the_learning_rate_of_experts_is_the_baselines_best_scaled_to_their_step
     [(10, [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], 1.6e-2), (0.1, [1e-3, 2e-3, 4e-3, 5e-4, 2.5e-4, 1.25e-4], 2.5e-4)],
 )
 def test_learning_rates_are_tried_until_the_best_has_worse_on_both_sides(best, tried, chosen):
-    study = Study(PARTS, SETTINGS[:1], Clerk(best), lambda line: None)
+    setting = Setting(0.5, 8)
+    study = Study(PARTS, [setting], Clerk(best), lambda line: None)
     asyncio.run(study.run())
     assert set(study.tries) == {"single LoRA, 8 a step"}
     assert all(list(losses) == [f"{rate:g}" for rate in sorted(tried)] for losses in study.tries.values())
-    tuned = ("single LoRA, 8 a step", "generalist 0.5", f"domains: {SETTINGS[0]}")
+    tuned = ("single LoRA, 8 a step", "generalist 0.5", f"domains: {setting}")
     assert [study.contenders[name].learning_rate for name in tuned] == [chosen] * 3
 
 

@@ -36,7 +36,7 @@ class Setting(NamedTuple):
         return f"{start}, experts {1 - self.generalist:g}, {self.examples_per_step} a step"
 
 
-SETTINGS = (Setting(0.5, 8), Setting(0.5, 2), Setting(0.25, 2), Setting(0.75, 2), Setting(0, 2))
+SETTINGS = (Setting(0.5, 2), Setting(0.75, 2), Setting(0.25, 2), Setting(0.5, 8), Setting(0, 2))
 
 
 class Adapter(NamedTuple):
