@@ -79,7 +79,6 @@ class TrainingSection(Section):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the examples; see `budget` for tokens instead."""
     learning_rate: Rate = 2e-3
-    """The highest; 2e-3 to 4e-3 were best for 135M parameters, and wider models want less: about 3e-4 for 8B."""
     examples_per_step: Positive = 8
     """Examples in one optimizer step, over all workers."""
     warmup_share: Share = 0.1
@@ -129,6 +128,8 @@ class TrainingSection(Section):
 class WarmupSection(TrainingSection):
     """The generalist's finetune."""
 
+    learning_rate: Rate | None = None  # type: ignore[assignment]  # a number for all who train
+    """The highest. Null: by the model's width, 2e-3 for 135M parameters and 4e-4 for 8B."""
     cosine_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """How far the generalist follows the cosine; what continues it goes the rest of the way. 1 ends at a tenth."""
 
@@ -317,8 +318,7 @@ def read_recipe(text: str, place: str, overrides: Iterable[str] = ()) -> Recipe:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
+        line = f":{mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         raise RecipeError(f"{place}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{place}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import signal
 import time
@@ -68,7 +69,7 @@ def line(monkeypatch):
 def model_dir(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
     return folder
 
 
@@ -242,6 +243,18 @@ def test_auto_is_decided_once_and_what_is_decided_counts(line, recipe, tmp_path,
     run_all(automatic, run)
     assert load_recipe(run.path("recipe.yaml")).model.compute_dtype == "float32"
     assert line.ran == NAMES[1:]
+
+
+@pytest.mark.parametrize(("hidden_size", "rate"), [(576, 2e-3), (4096, 4.3e-4), (64, 1.1e-2)])
+def test_the_learning_rate_is_the_models_unless_the_recipe_has_one(
+    line, recipe, tmp_path, model_dir, hidden_size, rate
+):
+    (model_dir / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": hidden_size}))
+    run = RunDirectory(tmp_path / "run")
+    run_all(recipe, run)
+    assert load_recipe(run.path("recipe.yaml")).warmup.learning_rate == rate
+    run_all(changed(recipe, "warmup", learning_rate=3e-5), run)
+    assert load_recipe(run.path("recipe.yaml")).warmup.learning_rate == 3e-5
 
 
 def test_a_driver_that_lost_the_run_records_nothing(line, recipe, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from gradientspace_ray.training.schedule import learning_rate, plan_rows, plan_steps, scaled_rate, step_size
+from gradientspace_ray.training.schedule import learning_rate, lora_rate, plan_rows, plan_steps, scaled_rate, step_size
 
 
 @pytest.mark.parametrize(("total", "share"), [(40, 0.1), (40, 0.0), (7, 0.5), (100, 0.03)])
@@ -46,6 +46,12 @@ def test_a_rise_ends_where_its_part_of_the_cosine_begins():
     rates = [learning_rate(step, 10, 1.0, 0.2, (0.5, 1.0)) for step in range(10)]
     assert rates[:3] == pytest.approx([0.55 / 3, 0.55 * 2 / 3, 0.55])
     assert rates[-1] == pytest.approx(0.1)
+
+
+def test_wider_models_have_lower_rates():
+    assert lora_rate(576) == 2e-3
+    # Published: 2.86e-4 for 4,096 and 1.32e-3 for 576 in long runs, in the same ratio.
+    assert lora_rate(4096) / lora_rate(576) == pytest.approx(2.86e-4 / 1.32e-3, rel=0.01)
 
 
 def test_the_rate_of_other_steps_grows_with_the_root_of_their_size():

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -94,6 +95,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     with without_progress_bars(), _explained(name):
         return AutoTokenizer.from_pretrained(resolve_model(name))
+
+
+def hidden_size(name: str) -> int:
+    """Numbers in a hidden state of the model, by its configuration alone.
+
+    Raises:
+        ModelError: it cannot be found.
+    """
+    with _explained(name):
+        size: int = AutoConfig.from_pretrained(resolve_model(name)).get_text_config().hidden_size
+    return size
 
 
 def load_base(

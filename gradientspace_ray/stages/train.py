@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 import ray
 
 from gradientspace_ray.models.fingerprint import model_fingerprint
+from gradientspace_ray.models.loading import hidden_size
 from gradientspace_ray.models.merging import write_merged
 from gradientspace_ray.models.moments import moments_digest
 from gradientspace_ray.recipe import BudgetSection, ExpertsSection, Recipe, RecipeError, TrainingSection
@@ -23,7 +24,7 @@ from gradientspace_ray.training.budget import (
     warmup_settings,
 )
 from gradientspace_ray.training.checkpoints import Committed
-from gradientspace_ray.training.schedule import plan_steps
+from gradientspace_ray.training.schedule import lora_rate, plan_steps
 from gradientspace_ray.training.tracking import check_trackers
 
 QUALITY = "clusters/quality.json"
@@ -52,6 +53,18 @@ def check(recipe: Recipe) -> None:
     if recipe.budget.tokens is None and recipe.budget != BudgetSection():
         raise RecipeError("budget.generalist_share needs budget.tokens; or set warmup.epochs and experts.epochs")
     check_trackers(recipe.trackers)
+
+
+def decided(recipe: Recipe) -> Recipe:
+    """The recipe with a learning rate where it leaves that to the model.
+
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    if recipe.warmup.learning_rate is not None:
+        return recipe
+    rate = float(f"{lora_rate(hidden_size(recipe.model.name)):.2g}")
+    return recipe.model_copy(update={"warmup": recipe.warmup.model_copy(update={"learning_rate": rate})})
 
 
 def warmup(recipe: Recipe, run: RunDirectory) -> Summary:

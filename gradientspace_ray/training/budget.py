@@ -32,10 +32,10 @@ def experts_settings(
         budget: the recipe's.
         tokens: of one pass over all the experts' examples.
     """
-    rate = section.learning_rate or scaled_rate(
-        warmup.learning_rate, warmup.examples_per_step, section.examples_per_step
-    )
-    changes = {"learning_rate": rate, "warmup_share": _rise(section.start, section)}
+    changes = {
+        "learning_rate": section.learning_rate or _rate(warmup, section.examples_per_step),
+        "warmup_share": _rise(section.start, section),
+    }
     if budget.tokens is not None:
         changes["epochs"] = budget.tokens * (1 - budget.generalist_share) / tokens
     return section.model_copy(update=changes)
@@ -77,7 +77,7 @@ def single_lora_settings(
     changes = {
         "epochs": epochs,
         "examples_per_step": size,
-        "learning_rate": section.learning_rate or scaled_rate(warmup.learning_rate, warmup.examples_per_step, size),
+        "learning_rate": section.learning_rate or _rate(warmup, size),
         "warmup_share": _rise(section.start, warmup),
     }
     return experts.model_copy(update=changes)
@@ -86,6 +86,12 @@ def single_lora_settings(
 def cosine_of(start: str, warmup: WarmupSection) -> tuple[float, float]:
     """The part of the cosine that a finetune goes along which starts from the `generalist`, or `fresh`."""
     return (warmup.cosine_share, 1.0) if start == "generalist" else WHOLE_COSINE
+
+
+def _rate(warmup: WarmupSection, examples_per_step: int) -> float:
+    """The generalist's learning rate, fitted to another size of steps."""
+    assert warmup.learning_rate is not None, "it is decided before the first stage"
+    return scaled_rate(warmup.learning_rate, warmup.examples_per_step, examples_per_step)
 
 
 def _rise(start: str, section: TrainingSection) -> float:
