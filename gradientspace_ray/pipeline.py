@@ -256,7 +256,7 @@ def run_pipeline(
     """
     names = [stage.name for stage in STAGES]
     train.check(recipe)
-    recipe = train.decided(_with_dtypes(recipe))
+    recipe = train.with_learning_rate(_with_dtypes(recipe))
     chosen = STAGES[: names.index(until) + 1] if until else STAGES
     # Ray's C++ core warns on the driver's terminal about what Ray Data does; errors come back as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

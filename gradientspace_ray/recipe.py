@@ -78,7 +78,9 @@ class TrainingSection(Section):
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the examples; see `budget` for tokens instead."""
-    learning_rate: Rate = 2e-3
+    learning_rate: Rate | None = None
+    """Peak of the cosine. Null: by the model's width for the generalist (2e-3 for 135M parameters, 4e-4 for 8B, at 8
+    examples a step), and the generalist's for the experts, both by the root of how much larger a step is."""
     examples_per_step: Positive = 8
     """Examples in one optimizer step, over all workers."""
     warmup_share: Share = 0.1
@@ -128,8 +130,6 @@ class TrainingSection(Section):
 class WarmupSection(TrainingSection):
     """The generalist's finetune."""
 
-    learning_rate: Rate | None = None  # type: ignore[assignment]  # a number for all who train
-    """The highest. Null: by the model's width, 2e-3 for 135M parameters and 4e-4 for 8B."""
     cosine_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """How far the generalist follows the cosine; what continues it goes the rest of the way. 1 ends at a tenth."""
 
@@ -139,8 +139,6 @@ class ExpertsSection(TrainingSection):
 
     start: Literal["generalist", "fresh"] = "generalist"
     """Go on with the generalist's weights, Adam's moments, and place on the cosine; or begin with a fresh adapter."""
-    learning_rate: Rate | None = None  # type: ignore[assignment]  # a number for all who train
-    """Null: the warm-up's, times the square root of how much smaller or larger a step is (arXiv 2205.10287)."""
     examples_per_step: Positive = 2
     min_steps: Annotated[int, Field(ge=0)] = 0
     """A cluster that would have fewer optimizer steps takes fewer examples in each, at a lower learning rate."""
@@ -157,7 +155,7 @@ class SingleLoraSection(Section):
     start: Literal["generalist", "fresh"] = "fresh"
     """A fresh adapter in one piece, for the tokens of both; or the generalist, for those of the experts."""
     learning_rate: Rate | None = None
-    """Null: the warm-up's, as for the experts."""
+    """Null: the generalist's, by the root of how much larger a step is, as for the experts."""
     examples_per_step: Positive | None = None
     """Null: the experts'."""
 

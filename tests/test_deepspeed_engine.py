@@ -21,7 +21,7 @@ from reference_training import (
 
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.checkpointing import activation_checkpointing
-from gradientspace_ray.recipe import TrainingSection
+from gradientspace_ray.training.budget import TrainingSettings
 from gradientspace_ray.training.engine import PlainEngine, set_weights
 from gradientspace_ray.training.finetune import Data, PreemptedError, finetune
 from gradientspace_ray.training.loop import ALONE, Worker
@@ -32,7 +32,7 @@ DATA = Data(random_examples(7), random_examples(3, seed=1))
 SEED = [5, 2]
 STEPS, STOP = 6, 3
 # Of two workers one has nothing to do in the steps that have one example.
-SETTINGS = TrainingSection(
+SETTINGS = TrainingSettings(
     epochs=1.5,
     learning_rate=1e-2,
     examples_per_step=2,

@@ -25,7 +25,7 @@ from reference_training import (
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.checkpointing import activation_checkpointing
 from gradientspace_ray.models.moments import AdamMoments
-from gradientspace_ray.recipe import TrainingSection
+from gradientspace_ray.training.budget import TrainingSettings
 from gradientspace_ray.training.engine import PlainEngine, TrainingError, set_weights
 from gradientspace_ray.training.finetune import Data, PreemptedError, finetune
 from gradientspace_ray.training.schedule import plan_steps
@@ -34,7 +34,7 @@ from gradientspace_ray.training.state import load_state, save_state
 SEED = [3, 1]
 # The tokens of the two parts are told apart by themselves.
 TRAIN, HELD_OUT = random_examples(8, seed=1, high=120), random_examples(3, seed=2, low=130)
-SETTINGS = TrainingSection(
+SETTINGS = TrainingSettings(
     epochs=1.75, learning_rate=3e-2, examples_per_step=2, weight_decay=0.01, max_grad_norm=0.5, tokens_per_batch=50
 )
 BOTH = Data(TRAIN, HELD_OUT)
@@ -183,7 +183,7 @@ def test_one_who_must_leave_when_all_is_done_stays():
 
 
 def test_what_is_drawn_differs_by_step_and_by_seed():
-    still = TrainingSection(epochs=4, learning_rate=1e-12)
+    still = TrainingSettings(epochs=4, learning_rate=1e-12)
 
     def losses(dropout, seed):
         # One example has but one order.
@@ -343,8 +343,13 @@ def test_patience_and_the_best_are_those_of_a_loop_that_counts(heldout, patience
         if waited == patience:
             stop = place * every
             break
-    section = TrainingSection(
-        epochs=total, examples_per_step=1, heldout_share=0.1, patience=patience, evaluate_every=every
+    section = TrainingSettings(
+        learning_rate=1e-3,
+        epochs=total,
+        examples_per_step=1,
+        heldout_share=0.1,
+        patience=patience,
+        evaluate_every=every,
     )
     examples = Data([([1, 2], [1, 2])], [([3, 4, 5], [3, 4, 5])])
     outcome = finetune(ScriptedEngine(heldout), examples, section, seed=[0])

@@ -16,8 +16,8 @@ from test_per_sample import DTYPES, autocast
 
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.loading import load_adapter
-from gradientspace_ray.recipe import TrainingSection
 from gradientspace_ray.registry import adapter_digest
+from gradientspace_ray.training.budget import TrainingSettings
 from gradientspace_ray.training.checkpoints import TrainingRecord, save
 from gradientspace_ray.training.engine import PlainEngine, TrainingError
 from gradientspace_ray.training.loop import heldout_loss, train
@@ -25,7 +25,7 @@ from gradientspace_ray.training.schedule import plan_steps
 
 EXAMPLES = random_examples(24)
 STEPS = plan_steps(24, 5, 4, 0)
-SETTINGS = TrainingSection(learning_rate=1e-2, warmup_share=0.1, weight_decay=0.01, max_grad_norm=0.5)
+SETTINGS = TrainingSettings(learning_rate=1e-2, warmup_share=0.1, weight_decay=0.01, max_grad_norm=0.5)
 SCHEDULE = {"peak": SETTINGS.learning_rate, "warmup_share": SETTINGS.warmup_share}
 RECORD = TrainingRecord(
     key="0", name="x", examples=1, tokens=1, steps=1, seconds=0, workers=1, zero_stage=0, losses=[1.0]

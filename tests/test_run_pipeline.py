@@ -135,7 +135,7 @@ def test_a_finished_run_starts_nothing(line, recipe, tmp_path):
     [
         ("report", {}, []),
         ("experts", {"max_concurrent": 7, "tokens_per_batch": 64}, []),
-        ("experts", {"workers": 3, "zero_stage": 3, "checkpoint_every": 7}, []),
+        ("experts", {"workers": 2, "zero_stage": 3, "checkpoint_every": 7}, []),
         ("experts", {"epochs": 3.0}, ["experts", "router", "evaluate", "report"]),
         # The generalist must not know what the experts hold out.
         ("experts", {"heldout_share": 0.2}, NAMES[1:]),
@@ -253,6 +253,8 @@ def test_the_learning_rate_is_the_models_unless_the_recipe_has_one(
     run = RunDirectory(tmp_path / "run")
     run_all(recipe, run)
     assert load_recipe(run.path("recipe.yaml")).warmup.learning_rate == rate
+    run_all(changed(recipe, "warmup", examples_per_step=32), run)
+    assert load_recipe(run.path("recipe.yaml")).warmup.learning_rate == pytest.approx(2 * rate, rel=0.06)
     run_all(changed(recipe, "warmup", learning_rate=3e-5), run)
     assert load_recipe(run.path("recipe.yaml")).warmup.learning_rate == 3e-5
 

@@ -48,10 +48,11 @@ def test_a_rise_ends_where_its_part_of_the_cosine_begins():
     assert rates[-1] == pytest.approx(0.1)
 
 
-def test_wider_models_have_lower_rates():
-    assert lora_rate(576) == 2e-3
-    # Published: 2.86e-4 for 4,096 and 1.32e-3 for 576 in long runs, in the same ratio.
-    assert lora_rate(4096) / lora_rate(576) == pytest.approx(2.86e-4 / 1.32e-3, rel=0.01)
+def test_wider_models_have_lower_rates_and_larger_steps_higher_ones():
+    assert lora_rate(576, 8) == 2e-3
+    assert lora_rate(576, 32) == 4e-3
+    # As published for a Llama of 8B beside one whose width is 2,000.
+    assert lora_rate(4096, 8) / lora_rate(2000, 8) == pytest.approx(2.86e-4 / 5e-4, rel=0.01)
 
 
 def test_the_rate_of_other_steps_grows_with_the_root_of_their_size():

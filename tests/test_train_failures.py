@@ -14,12 +14,13 @@ from test_train_stage import EXAMPLES, EXPERTS, WARMUP, on_ray, recipe_for, reco
 
 from gradientspace_ray.models.moments import AdamMoments
 from gradientspace_ray.models.reading import is_out_of_memory
-from gradientspace_ray.recipe import RecipeError, TrainingSection
+from gradientspace_ray.recipe import RecipeError
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.stages import train
 from gradientspace_ray.stages.finetune_worker import Finetune, _explained, _Observer, _read_latest
 from gradientspace_ray.stages.finetunes import _reason
+from gradientspace_ray.training.budget import TrainingSettings
 from gradientspace_ray.training.engine import TrainingError
 from gradientspace_ray.training.state import TrainingState, save_state
 
@@ -27,8 +28,8 @@ DISK_BYTES = 4 * 2**20
 
 
 def finetune(**settings):
-    section = TrainingSection(**settings)
-    parts = {"cluster": 0, "start": None, "key": "0", "tokens": 1, "steps": 1}
+    section = TrainingSettings(learning_rate=1e-3, **settings)
+    parts = {"cluster": 0, "start": None, "cosine": (0.0, 1.0), "key": "0", "tokens": 1, "steps": 1}
     return Finetune(name="poems", section="experts", settings=section, **parts)
 
 
@@ -63,6 +64,10 @@ def test_a_disk_that_is_full_is_told_with_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"experts": {"workers": 4, "examples_per_step": 3}},
+            "experts.workers 4 would share 3 examples in a step; lower it, or raise experts.examples_per_step",
+        ),
         (
             {"experts": {"start": "fresh"}, "single_lora": {"start": "generalist"}},
             "single_lora.start generalist would have tokens that experts.start fresh has not; give fresh",

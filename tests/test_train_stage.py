@@ -1,5 +1,6 @@
 """The finetunes on a real Ray with real DeepSpeed engines: what they commit, and what a second run does with it."""
 
+import hashlib
 import json
 import time
 
@@ -23,12 +24,13 @@ from transformers import AutoModelForCausalLM
 
 from gradientspace_ray.models.loading import add_lora, load_adapter
 from gradientspace_ray.models.moments import MOMENTS_FILE, load_moments
-from gradientspace_ray.recipe import TrainingSection, parse_recipe
+from gradientspace_ray.recipe import parse_recipe
 from gradientspace_ray.registry import adapter_digest, committed_digest
-from gradientspace_ray.run import RunDirectory
+from gradientspace_ray.run import RunDirectory, digest_of
 from gradientspace_ray.stages import finetunes, train
 from gradientspace_ray.stages.finetune_worker import ORDER_PURPOSE, Finetune, examples_of
 from gradientspace_ray.stages.finetunes import committed
+from gradientspace_ray.training.budget import TrainingSettings
 from gradientspace_ray.training.engine import TrainingError
 from gradientspace_ray.training.schedule import plan_steps
 
@@ -139,7 +141,7 @@ def finetune_of(cluster):
     return Finetune(
         name=name,
         section="warmup",
-        settings=TrainingSection(),
+        settings=TrainingSettings(learning_rate=1e-3),
         cluster=cluster,
         start=None,
         cosine=(0.0, 1.0),
@@ -231,6 +233,49 @@ def test_the_single_lora_sees_what_the_experts_see_and_the_generalist_everything
         examples_of(recipe, empty_run, "experts", 1, ["input_ids"])
 
 
+@pytest.mark.parametrize("changed", ["weights", "moments", "cosine_share"])
+def test_what_continues_another_generalist_is_another_finetune(empty_run, tiny_model_dir, changed):
+    def keys(experts, single_lora):
+        recipe = recipe_for(
+            tiny_model_dir,
+            warmup={**WARMUP, "cosine_share": share},
+            experts={**EXPERTS, "start": experts},
+            single_lora={"start": single_lora},
+        )
+        return [plan.key for plan in train.plan_experts(recipe, empty_run)]
+
+    share = 0.6
+    write_examples(empty_run, EXAMPLES)
+    write_adapter(empty_run, None)
+    before = keys("generalist", "fresh"), keys("generalist", "generalist"), keys("fresh", "fresh")
+    if changed == "cosine_share":
+        share = 0.7
+    else:
+        name = MOMENTS_FILE if changed == "moments" else "adapter_model.safetensors"
+        empty_run.write_bytes(f"generalist/{name}", b"others")
+    after = keys("generalist", "fresh"), keys("generalist", "generalist"), keys("fresh", "fresh")
+    assert [[old != now for old, now in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)] == [
+        [True, True, False],
+        [True, True, True],
+        [False, False, False],
+    ]
+
+
+def test_fresh_experts_go_along_the_whole_cosine_and_rise_first(empty_run, tiny_model_dir):
+    write_examples(empty_run, EXAMPLES)
+    recipe = recipe_for(
+        tiny_model_dir,
+        warmup={**WARMUP, "warmup_share": 0.2},
+        experts={**EXPERTS, "start": "fresh", "warmup_share": 0.3},
+        single_lora={"start": "fresh"},
+    )
+    *experts, single = train.plan_experts(recipe, empty_run)
+    assert {(plan.start, plan.cosine, plan.settings.warmup_share) for plan in experts} == {(None, (0.0, 1.0), 0.3)}
+    assert (single.start, single.cosine, single.settings.warmup_share) == (None, (0.0, 1.0), 0.2)
+    rates = [plan.settings.learning_rate for plan in (*experts, single)]
+    assert rates == pytest.approx([3e-2 * (5 / 8) ** 0.5] * 3)
+
+
 @on_ray
 def test_generalist_is_that_of_a_plain_loop(generalist, run, tiny_model_dir):
     model = add_lora(base(tiny_model_dir), 4, 8, "all-linear", SEED)
@@ -249,7 +294,8 @@ def test_generalist_is_that_of_a_plain_loop(generalist, run, tiny_model_dir):
     assert made["steps"] == len(steps) == generalist.counts["steps"]
     assert made["tokens"] == 5 * sum(len(ids) for ids, _ in EXAMPLES)
     assert (made["workers"], made["zero_stage"]) == (1, 1)
-    assert generalist.output == adapter_digest(run.fetch("generalist"))
+    moments = hashlib.sha256((run.fetch("generalist") / MOMENTS_FILE).read_bytes()).hexdigest()
+    assert generalist.output == digest_of([adapter_digest(run.fetch("generalist")), moments])
 
 
 @on_ray

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from gradientspace_ray.models.loading import add_lora
 from gradientspace_ray.models.moments import AdamMoments
-from gradientspace_ray.recipe import TrainingSection
 from gradientspace_ray.registry import adapter_digest
+from gradientspace_ray.training.budget import TrainingSettings
 from gradientspace_ray.training.checkpoints import TrainingRecord, save
 from gradientspace_ray.training.engine import PlainEngine, TrainingError, set_weights, trained_weights
 from gradientspace_ray.training.finetune import Data, finetune
@@ -27,7 +27,7 @@ from gradientspace_ray.training.state import (
     save_state,
 )
 
-SECTION = TrainingSection(examples_per_step=4, learning_rate=1e-2)
+SECTION = TrainingSettings(examples_per_step=4, learning_rate=1e-2)
 RECORD = TrainingRecord(
     key="0", name="x", examples=1, tokens=1, steps=1, seconds=0, workers=1, zero_stage=0, losses=[1.0]
 )

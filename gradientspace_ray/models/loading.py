@@ -101,10 +101,13 @@ def hidden_size(name: str) -> int:
     """Numbers in a hidden state of the model, by its configuration alone.
 
     Raises:
-        ModelError: it cannot be found.
+        ModelError: it cannot be found, or does not say.
     """
     with _explained(name):
-        size: int = AutoConfig.from_pretrained(resolve_model(name)).get_text_config().hidden_size
+        config = AutoConfig.from_pretrained(resolve_model(name)).get_text_config()
+    size: int | None = getattr(config, "hidden_size", None)
+    if size is None:
+        raise ModelError(f"{name}: its configuration has no hidden_size; set warmup.learning_rate")
     return size
 
 

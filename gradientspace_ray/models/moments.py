@@ -1,4 +1,4 @@
-"""Adam's moments of one adapter, beside its weights: what the preconditioned gradients are scaled by.
+"""Adam's moments of one adapter, beside its weights: what gradients are scaled by, and what experts go on with.
 
 `optimizer_moments.safetensors` holds float32 tensors `first.<name>` and `second.<name>`, where <name> is a LoRA
 weight's name in PEFT's files, and the optimizer's settings as JSON in its metadata.

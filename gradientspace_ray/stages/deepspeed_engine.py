@@ -16,6 +16,7 @@ from torch.nn import functional
 from gradientspace_ray.examples.packing import Packed
 from gradientspace_ray.models.moments import AdamMoments
 from gradientspace_ray.recipe import RecipeError, TrainingSection
+from gradientspace_ray.training.budget import TrainingSettings
 from gradientspace_ray.training.engine import (
     FIRST,
     SECOND,
@@ -55,7 +56,7 @@ class DeepSpeedEngine:
     """See `training.engine.Engine`; all workers make it, and call each method, together."""
 
     def __init__(
-        self, model: PeftModel, settings: TrainingSection, compute_dtype: torch.dtype, section: str = "training"
+        self, model: PeftModel, settings: TrainingSettings, compute_dtype: torch.dtype, section: str = "training"
     ) -> None:
         """Give the adapted model to DeepSpeed; `section` is the recipe's, for the errors."""
         self._deepspeed: Any = import_module("deepspeed")

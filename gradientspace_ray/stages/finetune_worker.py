@@ -29,11 +29,12 @@ from gradientspace_ray.models.attention import UnsupportedModelError
 from gradientspace_ray.models.checkpointing import activation_checkpointing
 from gradientspace_ray.models.moments import MomentsError, load_moments
 from gradientspace_ray.models.reading import is_out_of_memory
-from gradientspace_ray.recipe import Recipe, TrainingSection, parse_recipe
+from gradientspace_ray.recipe import Recipe, parse_recipe
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory, RunError, digest_of
 from gradientspace_ray.stages.deepspeed_engine import DeepSpeedEngine
 from gradientspace_ray.training import checkpoints
+from gradientspace_ray.training.budget import TrainingSettings
 from gradientspace_ray.training.engine import TrainingError, set_weights
 from gradientspace_ray.training.finetune import Data, PreemptedError, finetune
 from gradientspace_ray.training.loop import Step, Worker
@@ -58,7 +59,7 @@ class Finetune(BaseModel):
     name: str
     section: Literal["warmup", "experts"]
     """Recipe section that it belongs to."""
-    settings: TrainingSection
+    settings: TrainingSettings
     """That section's, with what the budget and the cluster decide."""
     cluster: int | None
     """Trained on this cluster; None is the whole training split, or all clusters for the single LoRA."""
@@ -178,6 +179,7 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: 
         board.begin.remote(plan.name, done, plan.steps)
         board.report.remote(plan.name, done, plan.steps, "loading")
     start = run.fetch(plan.start) if plan.start else None
+    moments = load_moments(start) if start and not state else None
     model = checkpoints.load(recipe.model, recipe.lora, recipe.seed, start, device)
     if state:
         set_weights(model, state.weights)
@@ -192,7 +194,7 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: 
             plan.settings,
             seed=[recipe.seed, ORDER_PURPOSE[plan.section]],
             cosine=plan.cosine,
-            moments=load_moments(start) if start else None,
+            moments=moments,
             worker=worker,
             state=state,
             must_leave=_must_leave,

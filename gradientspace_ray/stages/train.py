@@ -1,5 +1,6 @@
 """The finetunes: the generalist (warmup), the experts, and the single LoRA. One loop trains all of them."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,7 @@ import ray
 from gradientspace_ray.models.fingerprint import model_fingerprint
 from gradientspace_ray.models.loading import hidden_size
 from gradientspace_ray.models.merging import write_merged
-from gradientspace_ray.models.moments import moments_digest
+from gradientspace_ray.models.moments import MOMENTS_FILE
 from gradientspace_ray.recipe import BudgetSection, ExpertsSection, Recipe, RecipeError, TrainingSection
 from gradientspace_ray.registry import committed_digest
 from gradientspace_ray.run import RunDirectory, Summary, digest_of
@@ -17,6 +18,7 @@ from gradientspace_ray.stages.deepspeed_engine import configuration
 from gradientspace_ray.stages.finetune_worker import EVENTS, EXPERTS, ORDER_PURPOSE, Finetune, examples_of
 from gradientspace_ray.stages.finetunes import train_missing
 from gradientspace_ray.training.budget import (
+    TrainingSettings,
     cosine_of,
     experts_settings,
     one_expert,
@@ -43,6 +45,11 @@ def check(recipe: Recipe) -> None:
     """
     for name, section in (("warmup", recipe.warmup), ("experts", recipe.experts)):
         configuration(section, name)
+        if section.workers > section.examples_per_step:
+            raise RecipeError(
+                f"{name}.workers {section.workers} would share {section.examples_per_step} examples in a step; "
+                f"lower it, or raise {name}.examples_per_step"
+            )
         if section.workers > 1 and recipe.compute.device == "cuda" and recipe.compute.gpus_per_worker != 1:
             raise RecipeError(
                 f"{name}.workers above 1 need compute.gpus_per_worker 1: DeepSpeed gives each its own GPU"
@@ -55,15 +62,15 @@ def check(recipe: Recipe) -> None:
     check_trackers(recipe.trackers)
 
 
-def decided(recipe: Recipe) -> Recipe:
-    """The recipe with a learning rate where it leaves that to the model.
+def with_learning_rate(recipe: Recipe) -> Recipe:
+    """The recipe with a learning rate for the generalist where it leaves that to the model.
 
     Raises:
         ModelError: the model cannot be found.
     """
     if recipe.warmup.learning_rate is not None:
         return recipe
-    rate = float(f"{lora_rate(hidden_size(recipe.model.name)):.2g}")
+    rate = float(f"{lora_rate(hidden_size(recipe.model.name), recipe.warmup.examples_per_step):.2g}")
     return recipe.model_copy(update={"warmup": recipe.warmup.model_copy(update={"learning_rate": rate})})
 
 
@@ -79,7 +86,8 @@ def warmup(recipe: Recipe, run: RunDirectory) -> Summary:
     return Summary(
         made=f"generalist from {record.examples} examples, loss {record.losses[0]:.2f} to {record.losses[-1]:.2f}",
         counts={"examples": record.examples, "steps": record.steps, "tokens": record.tokens},
-        output=made.digest,
+        # The moments decide what gradients are scaled by, and what experts begin with.
+        output=digest_of(_origin(run, GENERALIST)),
     )
 
 
@@ -126,21 +134,26 @@ def plan_experts(recipe: Recipe, run: RunDirectory) -> list[Finetune]:
     names = run.read_json(QUALITY)["names"]
     tokens = _tokens(recipe, run, "experts")
     settings = experts_settings(recipe.experts, recipe.warmup, recipe.budget, tokens)
-    cosine, start = cosine_of(settings.start, recipe.warmup), _start(settings.start)
+    cosine, origin = cosine_of(settings.start, recipe.warmup), _origin(run, settings.start)
     finetunes = [
-        _plan(recipe, run, name, "experts", settings, cosine, start, cluster) for cluster, name in enumerate(names)
+        _plan(recipe, run, name, "experts", settings, cosine, origin, cluster) for cluster, name in enumerate(names)
     ]
     if recipe.single_lora.train:
         all_tokens = _tokens(recipe, run, "warmup")
         warmup = warmup_settings(recipe.warmup, recipe.budget, all_tokens)
         baseline = single_lora_settings(recipe.single_lora, warmup, settings, all_tokens, tokens)
-        cosine, start = cosine_of(recipe.single_lora.start, recipe.warmup), _start(recipe.single_lora.start)
-        finetunes.append(_plan(recipe, run, SINGLE_LORA, "experts", baseline, cosine, start))
+        cosine, origin = cosine_of(recipe.single_lora.start, recipe.warmup), _origin(run, recipe.single_lora.start)
+        finetunes.append(_plan(recipe, run, SINGLE_LORA, "experts", baseline, cosine, origin))
     return finetunes
 
 
-def _start(start: str) -> str | None:
-    return GENERALIST if start == "generalist" else None
+def _origin(run: RunDirectory, start: str) -> list[str] | None:
+    """Digests of the weights and moments that a finetune with this `start` continues; None is a fresh adapter."""
+    if start != GENERALIST:
+        return None
+    # Not from a copy that this process may have fetched before.
+    moments = hashlib.sha256(run.read_bytes(f"{GENERALIST}/{MOMENTS_FILE}"))
+    return [committed_digest(run, GENERALIST), moments.hexdigest()]
 
 
 def _tokens(recipe: Recipe, run: RunDirectory, section: str) -> int:
@@ -157,7 +170,7 @@ def _plan(
     section: Literal["warmup", "experts"],
     settings: TrainingSection,
     cosine: tuple[float, float],
-    start: str | None = None,
+    origin: list[str] | None = None,
     cluster: int | None = None,
 ) -> Finetune:
     table, heldout = examples_of(recipe, run, section, cluster, ["id", "tokens"])
@@ -176,14 +189,14 @@ def _plan(
         "steps": digest_of(steps),
         "examples": [table["id"].to_pylist(), heldout["id"].to_pylist()],
         "cosine": cosine,
-        "start": [committed_digest(run, start), moments_digest(run.fetch(start))] if start else None,
+        "start": origin,
     }
     return Finetune(
         name=name,
         section=section,
-        settings=TrainingSection.model_validate(settings.model_dump(include=set(TrainingSection.model_fields))),
+        settings=TrainingSettings.model_validate(settings.model_dump(include=set(TrainingSection.model_fields))),
         cluster=cluster,
-        start=start,
+        start=GENERALIST if origin else None,
         cosine=cosine,
         key=digest_of(key),
         tokens=sum(tokens[index] for step in steps for index in step),

@@ -4,8 +4,21 @@ The training tokens of a run are what was asked for. Tokens include prompts; a f
 tokens, to half an example: see `plan_steps`. The learning rate of all is the generalist's, fitted to their steps.
 """
 
-from gradientspace_ray.recipe import BudgetSection, ExpertsSection, SingleLoraSection, TrainingSection, WarmupSection
+from gradientspace_ray.recipe import (
+    BudgetSection,
+    ExpertsSection,
+    Rate,
+    SingleLoraSection,
+    TrainingSection,
+    WarmupSection,
+)
 from gradientspace_ray.training.schedule import WHOLE_COSINE, scaled_rate, step_size
+
+
+class TrainingSettings(TrainingSection):
+    """A recipe's section with all that the budget, the model and the cluster decide."""
+
+    learning_rate: Rate
 
 
 def warmup_settings(section: WarmupSection, budget: BudgetSection, tokens: int) -> WarmupSection:
@@ -90,7 +103,7 @@ def cosine_of(start: str, warmup: WarmupSection) -> tuple[float, float]:
 
 def _rate(warmup: WarmupSection, examples_per_step: int) -> float:
     """The generalist's learning rate, fitted to another size of steps."""
-    assert warmup.learning_rate is not None, "it is decided before the first stage"
+    assert warmup.learning_rate is not None, "see stages.train.with_learning_rate"
     return scaled_rate(warmup.learning_rate, warmup.examples_per_step, examples_per_step)
 
 

@@ -22,7 +22,7 @@ class TrainingRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     key: str
-    """Digest of everything that decides the adapter: recipe parts, examples, the adapter it started from."""
+    """Digest of everything that decides the adapter: recipe parts, examples, the finetune that it continues."""
     name: str
     cluster: int | None = None
     """The cluster that it was trained on; None is the whole mixture."""

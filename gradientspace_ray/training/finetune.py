@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from gradientspace_ray.examples.packing import Example
 from gradientspace_ray.models.moments import AdamMoments
-from gradientspace_ray.recipe import TrainingSection
+from gradientspace_ray.training.budget import TrainingSettings
 from gradientspace_ray.training.engine import Engine
 from gradientspace_ray.training.loop import ALONE, Step, Worker, heldout_loss, train
 from gradientspace_ray.training.schedule import WHOLE_COSINE, plan_steps
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 def finetune(
     engine: Engine,
     data: Data,
-    settings: TrainingSection,
+    settings: TrainingSettings,
     *,
     seed: Sequence[int],
     cosine: tuple[float, float] = WHOLE_COSINE,

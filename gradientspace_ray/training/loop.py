@@ -62,9 +62,9 @@ def train(
         engine: see `Engine`.
         examples: all examples, the same on every worker.
         steps: the plan, from `plan_steps`, the same on every worker.
-        peak: see `learning_rate`, as for `warmup_share` and `cosine`.
-        warmup_share: share of the steps.
-        cosine: from where to where.
+        peak: of the cosine that the learning rate follows.
+        warmup_share: share of the steps in which it rises.
+        cosine: from where to where on the cosine, see `learning_rate`.
         tokens_per_batch: tokens in one packed row.
         worker: this one.
         first: steps that were made before, by the engine as it is; 0 begins.

@@ -83,7 +83,7 @@ def together(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 def recipe_of(job: Job, at_once: int, cpus: int) -> Recipe:
     """Every expert begins with a fresh adapter, so that no generalist is needed."""
     section = {"examples_per_step": job.examples_per_step, "tokens_per_batch": job.tokens_per_batch}
-    return parse_recipe(
+    recipe = parse_recipe(
         {
             "name": "benchmark",
             "model": {"name": job.model, "dtype": job.dtype, "compute_dtype": job.dtype},
@@ -94,6 +94,7 @@ def recipe_of(job: Job, at_once: int, cpus: int) -> Recipe:
             "compute": {"cpus_per_worker": cpus / at_once, "retries": 0},
         }
     )
+    return train.with_learning_rate(recipe)
 
 
 def written(folder: Path, examples: list[Example], experts: int) -> RunDirectory:

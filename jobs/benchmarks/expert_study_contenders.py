@@ -4,7 +4,7 @@ Shapes: N held-out examples, E experts.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,7 +178,8 @@ class Study:
         await self._judge(name, rate, await self._finetune(urgency, name, Adapter(), places, batch, rate), urgency)
 
     async def _single_rate(self, urgency: float, batch: int) -> float:
-        name, count = f"single LoRA, {batch} a step", len(self.parts.training)
+        """The learning rate of the lowest validation loss."""
+        name, count, rates = f"single LoRA, {batch} a step", len(self.parts.training), LEARNING_RATES[batch]
 
         async def tried(rate: float) -> float:
             whose = f"try of {name} at {rate:g}"
@@ -186,19 +187,14 @@ class Study:
             adapter = await self._finetune(urgency, whose, Adapter(), places, batch, rate)
             return float((await self._losses(urgency, whose, adapter, self.parts.validation)).mean())
 
-        return await self._chosen(name, batch, tried)
-
-    async def _chosen(self, whose: str, batch: int, tried: Callable[[float], Awaitable[float]]) -> float:
-        """The learning rate of the lowest validation loss."""
-        rates = LEARNING_RATES[batch]
-        losses = dict(zip(rates, await asyncio.gather(*(tried(rate) for rate in rates)), strict=True))
+        losses = dict(zip(rates, await asyncio.gather(*map(tried, rates)), strict=True))
         while (best := min(losses, key=lambda rate: losses[rate])) in (min(losses), max(losses)):
             beyond = best * 2 if best == max(losses) else best / 2
             losses[beyond] = await tried(beyond)
-        if whose not in self.tries:
-            told = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in sorted(losses.items()))
-            self._tell(f"learning rates of {whose}: {told}")
-        self.tries[whose] = {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
+        self.tries[name] = {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
+        self._tell(
+            f"learning rates of {name}: " + ", ".join(f"{rate} {loss:.4f}" for rate, loss in self.tries[name].items())
+        )
         return best
 
     async def _cluster(self) -> list[int]:

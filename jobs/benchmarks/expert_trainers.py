@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 OURS, TRL, TRANSFORMERS = "ours", "trl", "transformers"
 TRAINERS = (OURS, TRL, TRANSFORMERS)
+LEARNING_RATE = 5e-4
 Settings = dict[str, Any]
 """Ours: `tokens_per_batch`. Others: `rows` (padded, flat or packed), `batch` of them in one pass, `order`, `length`."""
 Row = dict[str, list[int]]
@@ -154,7 +155,7 @@ def ours(job: Job) -> tuple[Callable[[], Any], Build]:
     engines = import_module("gradientspace_ray.stages.deepspeed_engine")
     loading = import_module("gradientspace_ray.models.loading")
     loop = import_module("gradientspace_ray.training.loop")
-    recipe = import_module("gradientspace_ray.recipe")
+    budget = import_module("gradientspace_ray.training.budget")
     distributed = torch.distributed
 
     def load() -> Any:
@@ -163,7 +164,9 @@ def ours(job: Job) -> tuple[Callable[[], Any], Build]:
     def build(model: Any, settings: Settings, steps: Sequence[Sequence[Row]]) -> Train:
         if not distributed.is_initialized():
             distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-        section = recipe.TrainingSection(examples_per_step=job.examples_per_step, **settings)
+        section = budget.TrainingSettings(
+            learning_rate=LEARNING_RATE, examples_per_step=job.examples_per_step, **settings
+        )
         engine = engines.DeepSpeedEngine(model, section, loading.as_dtype(job.dtype))
         # A row that comes again, as those of the first step do, is the same example again.
         examples = [(row["input_ids"], row["labels"]) for rows in steps for row in rows]
@@ -304,11 +307,11 @@ def _optimizers(model: Any, steps: int) -> tuple[Any, Any]:
     learning_rate = import_module("gradientspace_ray.training.schedule").learning_rate
     section = import_module("gradientspace_ray.recipe").TrainingSection()
     weights: Iterable[Any] = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=section.learning_rate, weight_decay=section.weight_decay)
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=section.weight_decay)
 
     def share(step: int) -> float:
-        rate: float = learning_rate(min(step, steps - 1), steps, section.learning_rate, section.warmup_share)
-        return rate / section.learning_rate
+        rate: float = learning_rate(min(step, steps - 1), steps, LEARNING_RATE, section.warmup_share)
+        return rate / LEARNING_RATE
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 

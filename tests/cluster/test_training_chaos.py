@@ -54,7 +54,8 @@ def cluster():
 def recipe(tiny_model_dir, tmp_path_factory):
     """A file: four clusters of their own tokens, 120 steps for each expert, a checkpoint after every fourth."""
     path = tmp_path_factory.mktemp("training-chaos") / "recipe.yaml"
-    finetune = {"epochs": 40, "examples_per_step": 4, "tokens_per_batch": 64, "workers": WORKERS, "zero_stage": 2}
+    finetune = {"epochs": 40, "learning_rate": 5e-4, "examples_per_step": 4, "tokens_per_batch": 64}
+    finetune |= {"workers": WORKERS, "zero_stage": 2}
     tree = {
         "name": "chaos",
         "model": {"name": str(tiny_model_dir)},
