@@ -9,9 +9,12 @@ import pytest
 from benchmark_scripts import imported
 from hypothesis import given
 from hypothesis import strategies as st
+from reference_training import adamw, plain_training, random_examples
 from rich.console import Console
 
 from gradientspace_ray.examples.rendering import Rendered
+from gradientspace_ray.models.loading import add_lora, load_base
+from gradientspace_ray.training.schedule import plan_steps
 
 with imported():  # without names they stay: the tests below are made of them
     import expert_study
@@ -19,8 +22,8 @@ with imported():  # without names they stay: the tests below are made of them
     from expert_study_contenders import LEARNING_RATES, SETTINGS, Setting, Study
     from expert_study_data import Labelled, Parts, between, by_group, even_counts, read_parts
     from expert_study_desk import Desk
-    from expert_study_worker import Clusters, Finetune, Losses, Place, Route, key_of
-    from gradient_task import TaskError
+    from expert_study_worker import Clusters, Finetune, Losses, Place, Route, key_of, perform
+    from gradient_task import LORA_ALPHA, LORA_RANK, SEED, TaskError
 
 lengths_of_domains = st.dictionaries(
     st.sampled_from("abcd"), st.lists(st.integers(1, 50), max_size=12).map(sorted), min_size=1
@@ -238,6 +241,22 @@ def test_the_report_is_json_and_is_shown_in_order(done):
     console = Console(width=200, record=True, file=io.StringIO())
     expert_study.show_study(report, console)
     assert "fresh adapters, experts 1, 2 a step" in console.export_text()
+
+
+def test_a_finetune_continues_another_as_one_plain_loop_does(tiny_model_dir, tmp_path):
+    place = Place(str(tiny_model_dir), "float32", str(tmp_path))
+    examples = random_examples(10)
+    first = Finetune(None, examples[:6], 3, 2e-2, (0.0, 0.5))
+    second = Finetune(key_of(place, first), examples[6:], 2, 1e-2, (0.5, 1.0))
+    made = [perform(place, key_of(place, task), task) for task in (first, second)]
+    model = add_lora(load_base(str(tiny_model_dir)), LORA_RANK, LORA_ALPHA, "all-linear", SEED)
+    model.set_attn_implementation("eager")
+    optimizer = adamw(model)
+    for task, rise, answer in zip((first, second), (0.1, 0.0), made, strict=True):
+        steps = plan_steps(len(task.examples), task.examples_per_step, 1, SEED)
+        schedule = {"peak": task.learning_rate, "warmup_share": rise, "cosine": task.cosine}
+        losses = plain_training(model, task.examples, steps, **schedule, optimizer=optimizer)
+        assert answer["losses"] == pytest.approx(losses, abs=1e-4)
 
 
 def test_a_task_is_known_by_all_that_decides_it():

@@ -6,6 +6,7 @@ What comes out must be what an undisturbed run makes, and no finetune may begin 
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +24,16 @@ from ray.core.generated import autoscaler_pb2
 from reference_training import random_examples
 from safetensors.torch import load_file
 
+from gradientspace_ray.models.loading import add_lora, load_base, save_adapter
+from gradientspace_ray.models.moments import save_moments
 from gradientspace_ray.run import RunDirectory
+from gradientspace_ray.training.engine import PlainEngine
+from gradientspace_ray.training.loop import train
 
 NODES, CPUS = 3, 4
 EXPERTS, EXAMPLES, WORKERS = 4, 12, 2
 PATIENCE_S = 400
+SCHEDULE = {"peak": 1e-2, "warmup_share": 0.0, "tokens_per_batch": 200}
 # The stage alone, as a driver of its own: what is before it is written by the test.
 DRIVER = """
 import sys, ray
@@ -60,8 +66,8 @@ def recipe(tiny_model_dir, tmp_path_factory):
         "name": "chaos",
         "model": {"name": str(tiny_model_dir)},
         "data": {"sources": ["quickstart"]},
-        "lora": {"rank": 4},
-        "experts": {**finetune, "start": "fresh", "max_concurrent": EXPERTS, "checkpoint_every": 4},
+        "lora": {"rank": 4, "alpha": 16},
+        "experts": {**finetune, "max_concurrent": EXPERTS, "checkpoint_every": 4},
         "single_lora": {"train": False},
         "compute": {"retries": 6},
     }
@@ -69,9 +75,22 @@ def recipe(tiny_model_dir, tmp_path_factory):
     return path
 
 
-def prepared(folder):
+@pytest.fixture(scope="module")
+def generalist(tiny_model_dir, tmp_path_factory):
+    """Folder of an adapter with moments that are not zero, which the experts continue."""
+    folder = tmp_path_factory.mktemp("generalist")
+    model = add_lora(load_base(str(tiny_model_dir)), 4, 16, "all-linear", 0)
+    engine = PlainEngine(model)
+    list(train(engine, random_examples(8), [[0, 1, 2, 3], [4, 5, 6, 7]], **SCHEDULE))
+    save_adapter(model, folder)
+    save_moments(engine.moments(), folder)
+    return folder
+
+
+def prepared(folder, generalist):
     """A run directory that has everything before the experts."""
     run = RunDirectory(folder)
+    shutil.copytree(generalist, folder / "generalist")
     examples = [
         example
         for cluster in range(EXPERTS)
@@ -130,9 +149,9 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, recipe, tmp_path_factory):
+def undisturbed(cluster, recipe, generalist, tmp_path_factory):
     """Name with digest -> weights of each expert, of a run that nothing happened to."""
-    run_dir = prepared(tmp_path_factory.mktemp("undisturbed"))
+    run_dir = prepared(tmp_path_factory.mktemp("undisturbed"), generalist)
     assert start(cluster, recipe, run_dir).wait(PATIENCE_S) == 0
     return adapters(run_dir)
 
@@ -167,9 +186,9 @@ def check(run_dir, watch, undisturbed):
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_a_killed_worker_and_a_killed_node(cluster, recipe, undisturbed, tmp_path, seed):
+def test_a_killed_worker_and_a_killed_node(cluster, recipe, generalist, undisturbed, tmp_path, seed):
     rng = random.Random(seed)
-    run_dir = prepared(tmp_path / "run")
+    run_dir = prepared(tmp_path / "run", generalist)
     watch, driver = Watch(run_dir), start(cluster, recipe, run_dir)
     moments = sorted(rng.sample(range(2, 60), 2))
     watch.wait_for(moments[0])
@@ -184,9 +203,11 @@ def test_a_killed_worker_and_a_killed_node(cluster, recipe, undisturbed, tmp_pat
     check(run_dir, watch, undisturbed)
 
 
-def test_on_a_preemption_notice_a_checkpoint_is_saved_and_no_failure_counted(cluster, recipe, undisturbed, tmp_path):
+def test_on_a_preemption_notice_a_checkpoint_is_saved_and_no_failure_counted(
+    cluster, recipe, generalist, undisturbed, tmp_path
+):
     rng = random.Random(1)
-    run_dir = prepared(tmp_path / "run")
+    run_dir = prepared(tmp_path / "run", generalist)
     tree = yaml.safe_load(recipe.read_text())
     # No checkpoint but that of the notice, and no failure to spare.
     tree["experts"]["checkpoint_every"], tree["compute"]["retries"] = 1000, 0
