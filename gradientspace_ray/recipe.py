@@ -80,7 +80,7 @@ class TrainingSection(Section):
     """Passes over the examples; see `budget` for tokens instead."""
     learning_rate: Rate | None = None
     """Peak of the cosine. Null: by the model's width for the generalist (2e-3 for 135M parameters, 4e-4 for 8B, at 8
-    examples a step), and the generalist's for the experts, both by the root of how much larger a step is."""
+    examples a step or more), and the generalist's for the experts, by the root of how much larger their steps are."""
     examples_per_step: Positive = 8
     """Examples in one optimizer step, over all workers."""
     warmup_share: Share = 0.1

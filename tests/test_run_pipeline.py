@@ -253,8 +253,8 @@ def test_the_learning_rate_is_the_models_unless_the_recipe_has_one(
     run = RunDirectory(tmp_path / "run")
     run_all(recipe, run)
     assert load_recipe(run.path("recipe.yaml")).warmup.learning_rate == rate
-    run_all(changed(recipe, "warmup", examples_per_step=32), run)
-    assert load_recipe(run.path("recipe.yaml")).warmup.learning_rate == pytest.approx(2 * rate, rel=0.06)
+    run_all(changed(recipe, "warmup", examples_per_step=2), run)
+    assert load_recipe(run.path("recipe.yaml")).warmup.learning_rate == pytest.approx(rate / 2, rel=0.06)
     run_all(changed(recipe, "warmup", learning_rate=3e-5), run)
     assert load_recipe(run.path("recipe.yaml")).warmup.learning_rate == 3e-5
 

@@ -48,9 +48,10 @@ def test_a_rise_ends_where_its_part_of_the_cosine_begins():
     assert rates[-1] == pytest.approx(0.1)
 
 
-def test_wider_models_have_lower_rates_and_larger_steps_higher_ones():
+def test_wider_models_and_smaller_steps_have_lower_rates():
     assert lora_rate(576, 8) == 2e-3
-    assert lora_rate(576, 32) == 4e-3
+    assert lora_rate(576, 2) == 1e-3
+    assert lora_rate(576, 32) == 2e-3
     # As published for a Llama of 8B beside one whose width is 2,000.
     assert lora_rate(4096, 8) / lora_rate(2000, 8) == pytest.approx(2.86e-4 / 5e-4, rel=0.01)
 

@@ -46,16 +46,18 @@ def learning_rate(
 
 
 def lora_rate(width: int, examples_per_step: int) -> float:
-    """A learning rate for adapters of a model that nobody has tuned: less for wider ones, more for larger steps.
+    """A learning rate for adapters of a model that nobody has tuned: less for wider ones, and for smaller steps.
 
     The rate is one measured on a small model, carried to other widths by the exponent that "LoRA Without Regret"
-    (Schulman et al., 2025) led to for Llama models. Other families may depend on the width less.
+    (Schulman et al., 2025) led to for Llama models. Other families may depend on the width less. Larger steps than
+    those measured do not raise it, because adapters tolerate them less than whole models do (ibid.).
 
     Args:
         width: numbers in a hidden state.
         examples_per_step: examples in a step.
     """
-    return scaled_rate(MEASURED_RATE * (MEASURED_WIDTH / width) ** WIDTH_EXPONENT, MEASURED_STEP, examples_per_step)
+    rate = MEASURED_RATE * (MEASURED_WIDTH / width) ** WIDTH_EXPONENT
+    return scaled_rate(rate, MEASURED_STEP, min(examples_per_step, MEASURED_STEP))
 
 
 def scaled_rate(rate: float, step_examples: int, examples: int) -> float:
