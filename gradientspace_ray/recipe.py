@@ -130,7 +130,8 @@ class TrainingSection(Section):
 class WarmupSection(TrainingSection):
     """The generalist's finetune."""
 
-    cosine_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    epochs: Annotated[float, Field(gt=0)] = 1.5
+    cosine_share: Annotated[float, Field(gt=0, le=1)] = 0.75
     """How far the generalist follows the cosine; what continues it goes the rest of the way. 1 ends at a tenth."""
 
 
@@ -139,6 +140,7 @@ class ExpertsSection(TrainingSection):
 
     start: Literal["generalist", "fresh"] = "generalist"
     """Go on with the generalist's weights, Adam's moments, and place on the cosine; or begin with a fresh adapter."""
+    epochs: Annotated[float, Field(gt=0)] = 0.5
     examples_per_step: Positive = 2
     min_steps: Annotated[int, Field(ge=0)] = 0
     """A cluster that would have fewer optimizer steps takes fewer examples in each, at a lower learning rate."""
@@ -165,7 +167,7 @@ class BudgetSection(Section):
 
     tokens: Positive | None = None
     """What the generalist and all experts together train on, instead of `warmup.epochs` and `experts.epochs`."""
-    generalist_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    generalist_share: Annotated[float, Field(gt=0, lt=1)] = 0.75
     """Share of `tokens` that the generalist gets; the experts share the rest by the sizes of their clusters."""
 
 
