@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
+from expert_trainers import LEARNING_RATE
 
 from gradientspace_ray.examples.packing import Example
 from gradientspace_ray.pipeline import connect, disconnecting
@@ -82,8 +83,12 @@ def together(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 
 def recipe_of(job: Job, at_once: int, cpus: int) -> Recipe:
     """Every expert begins with a fresh adapter, so that no generalist is needed."""
-    section = {"examples_per_step": job.examples_per_step, "tokens_per_batch": job.tokens_per_batch}
-    recipe = parse_recipe(
+    section = {
+        "learning_rate": LEARNING_RATE,
+        "examples_per_step": job.examples_per_step,
+        "tokens_per_batch": job.tokens_per_batch,
+    }
+    return parse_recipe(
         {
             "name": "benchmark",
             "model": {"name": job.model, "dtype": job.dtype, "compute_dtype": job.dtype},
@@ -94,7 +99,6 @@ def recipe_of(job: Job, at_once: int, cpus: int) -> Recipe:
             "compute": {"cpus_per_worker": cpus / at_once, "retries": 0},
         }
     )
-    return train.with_learning_rate(recipe)
 
 
 def written(folder: Path, examples: list[Example], experts: int) -> RunDirectory:
