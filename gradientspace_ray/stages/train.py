@@ -70,6 +70,7 @@ def with_learning_rate(recipe: Recipe) -> Recipe:
     """
     if recipe.warmup.learning_rate is not None:
         return recipe
+    # Two digits are all that it means, and what recipe.yaml shows.
     rate = float(f"{lora_rate(hidden_size(recipe.model.name), recipe.warmup.examples_per_step):.2g}")
     return recipe.model_copy(update={"warmup": recipe.warmup.model_copy(update={"learning_rate": rate})})
 

@@ -13,8 +13,6 @@ from gradientspace_ray.examples.packing import plan_batches
 
 FINAL_SHARE = 0.1
 """Share of the peak at which the cosine ends."""
-
-
 WHOLE_COSINE = (0.0, 1.0)
 """From the peak to its tenth."""
 MEASURED_RATE, MEASURED_WIDTH, MEASURED_STEP = 2e-3, 576, 8
