@@ -1,4 +1,4 @@
-"""Real DeepSpeed engines of every ZeRO stage behind the loop, on one and two processes."""
+"""Real DeepSpeed engines of every ZeRO stage behind the loop: on one and two processes, and on a GPU if it is there."""
 
 import json
 import os
@@ -66,8 +66,8 @@ MOVED = [name for name in WIDE if name.partition("-")[2] in ("", "offload")]
 RESUMED = [*MOVED, "3-small"]
 
 
-def segmented_model(state=None, dtype=torch.float32):
-    model = small_adapted_model()
+def segmented_model(state=None, dtype=torch.float32, device="cpu"):
+    model = small_adapted_model().to(device)
     model.set_attn_implementation(SEGMENTED)
     for weight in model.parameters():
         weight.data = weight.data.to(torch.float32 if weight.requires_grad else dtype)
@@ -108,18 +108,20 @@ def numbers_of(weights):
     return sum(weight.numel() for weight in weights)
 
 
-def _worker(rank, world_size, port, folder, jobs):
+def _worker(rank, world_size, port, folder, jobs, device):
     """Go through `jobs`: (mode, folder to write, folder to resume from or None, step to stop after or None)."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names |= {"DS_ACCELERATOR": device}
     os.environ.update({name: str(value) for name, value in names.items()})
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, rank=rank, world_size=world_size)
     module = import_module("gradientspace_ray.stages.deepspeed_engine")
     for mode, target, source, stop in jobs:
         state = load_state(folder / source) if source else None
         dtype = torch.bfloat16 if mode in NARROW else torch.float32
-        model = segmented_model(state, dtype)
+        model = segmented_model(state, dtype, device)
         frozen = [weight for weight in model.parameters() if not weight.requires_grad]
         section = SETTINGS.model_copy(update=MODES[mode])
         engine = module.DeepSpeedEngine(model, section, dtype, "experts")
@@ -157,11 +159,11 @@ def _worker(rank, world_size, port, folder, jobs):
     torch.distributed.destroy_process_group()
 
 
-def spawn(world_size, folder, jobs):
+def spawn(world_size, folder, jobs, device="cpu"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (world_size, port, folder, jobs), nprocs=world_size)
+    torch.multiprocessing.spawn(_worker, (world_size, port, folder, jobs, device), nprocs=world_size)
 
 
 def plain_engine(dtype=torch.float32):
@@ -298,3 +300,25 @@ def test_one_who_resumes_with_as_many_workers_ends_bit_for_bit_where_the_undistu
 def test_one_who_resumes_with_another_number_of_workers_ends_close_by(trained, mode, change):
     states, _, _ = trained
     assert_near(states[f"{mode}@{change}"], states["plain"], f"{mode}@{change}")
+
+
+@pytest.fixture(scope="module")
+def trained_on_a_gpu(trained, tmp_path_factory):
+    """States of all modes on one GPU, and of those resumed there that two processors began."""
+    folder = tmp_path_factory.mktemp("gpu")
+    for mode in MOVED:
+        save_state(trained[0][f"{mode}@2-part"], folder / f"{mode}-part")
+    jobs = [(mode, mode, None, None) for mode in MODES]
+    spawn(1, folder, [*jobs, *((mode, f"{mode}-resumed", f"{mode}-part", None) for mode in MOVED)], "cuda")
+    return {path.name: load_state(path) for path in folder.iterdir() if path.is_dir()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+@pytest.mark.parametrize("name", [*MODES, *(f"{mode}-resumed" for mode in MOVED)])
+def test_a_gpu_gives_what_the_plain_engine_gives(trained, trained_on_a_gpu, name):
+    narrow = name in NARROW
+    found, wanted = trained_on_a_gpu[name], trained[0]["plain-bfloat16" if narrow else "plain"]
+    assert found.step == STEPS
+    np.testing.assert_allclose(found.losses, wanted.losses, rtol=5e-3 if narrow else 1e-5)
+    np.testing.assert_allclose(found.heldout, wanted.heldout, rtol=5e-3 if narrow else 1e-5)

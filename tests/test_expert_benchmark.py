@@ -98,8 +98,9 @@ def trained(seconds, losses, settings, tokens=1000, peak=10**9):
     return {"seconds": seconds, "tokens": tokens, "losses": losses, "settings": settings, "peak_bytes": peak}
 
 
-def result_of(rounds, tried=()):
-    return {"settings": rounds[0]["settings"], "tried": list(tried), "rounds": rounds}
+def result_of(rounds, tried=(), differences=(0.0,)):
+    settings = rounds[0]["settings"]
+    return {"settings": settings, "tried": list(tried), "rounds": rounds, "differences": list(differences)}
 
 
 OURS = {"tokens_per_batch": 100}
@@ -111,22 +112,29 @@ def test_speeds_are_compared_within_a_round(speed):
     ours = result_of([trained(seconds, [3.0, 2.0], OURS) for seconds in (1.0, 2.0, 10.0)])
     tried = trained(1.0, [3.0, 2.0 + 1e-6], PADDED) | {"tokens_per_second": 1000.0}
     failed = {"settings": PADDED, "error": "no memory"}
-    its = result_of([trained(seconds, [9.0, 9.0], GROUPED) for seconds in (3.0, 4.0, 15.0)], [tried, failed])
-    found = speed.summary(its, ours, "float32")
+    rounds = [trained(seconds, [9.0, 9.0], GROUPED) for seconds in (3.0, 4.0, 15.0)]
+    found = speed.summary(result_of(rounds, [tried, failed], [0.0, 1e-6]), ours)
     assert found["ours_is_faster_by"] == statistics.median([3.0, 2.0, 1.5])
     assert found["tokens_per_second"] == 250.0
-    # Steps of other examples have other losses; what was tried with the same ones is compared.
     assert (found["compared_losses"], found["max_loss_difference"]) == (2, 1e-6)
     assert found["tried"] == [{"settings": PADDED, "tokens_per_second": 1000.0}, failed]
-    assert speed.summary(ours, ours, "float32")["ours_is_faster_by"] == 1
+    assert speed.summary(ours, ours)["ours_is_faster_by"] == 1
+
+
+def test_losses_of_the_same_steps_are_compared(speed):
+    ours = trained(1.0, [3.0, 2.0, 1.0, 1.0, 1.0], OURS)
+    same = trained(1.0, [3.0, 2.0 + 2**-20, 1.0, 1.0, 9.0], PADDED)
+    # Those are the losses of other examples.
+    others = [trained(1.0, [9.0] * 5, GROUPED), trained(1.0, [9.0] * 5, {"rows": "packed", "batch": 1, "length": 9})]
+    failed = {"settings": PADDED, "error": "no memory"}
+    assert speed.loss_differences([failed, *others, same], ours, "float32") == [0.0, 2**-20, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("loss", [2.1, float("nan")])
 def test_another_loss_is_refused(speed, loss):
-    ours = result_of([trained(1.0, [3.0, 2.0], OURS)])
-    its = result_of([trained(1.0, [3.0, loss], PADDED)])
+    ours, its = trained(1.0, [3.0, 2.0], OURS), trained(1.0, [3.0, loss], PADDED)
     with pytest.raises(speed.MethodError, match=r"padded, 2 at once: a loss is .* nats from ours"):
-        speed.summary(its, ours, "float32")
+        speed.loss_differences([its], ours, "float32")
 
 
 def test_seconds_to_the_start_add_up(speed):

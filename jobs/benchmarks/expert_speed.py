@@ -28,7 +28,7 @@ from gradientspace_ray.training.schedule import plan_steps
 
 TUNING_STEPS = 3
 COMPARED_STEPS = 1 + TUNING_STEPS
-"""Losses of so many first steps are compared; rounding errors grow with every step."""
+"""Losses of so many first steps are compared: rounding errors grow with every step."""
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 """Nats: differences that rounding may make; larger ones are another loss."""
 NEEDS = {OURS: (), TRL: ("trl", "datasets"), TRANSFORMERS: ("accelerate",)}
@@ -44,7 +44,7 @@ def study(options: argparse.Namespace, console: Console, scratch: Path) -> dict[
     """
     model = options.model
     if options.shape:
-        model = str(write_model(scratch / "model", options.shape, as_dtype(options.dtype)))
+        model = str(write_model(scratch / "model", options.shape, as_dtype(options.dtype), options.device))
     count = max(options.examples, options.experts * options.expert_examples)
     if options.shape:
         examples = made_up_examples(count, SHAPES[options.shape]["vocab_size"])
@@ -55,6 +55,7 @@ def study(options: argparse.Namespace, console: Console, scratch: Path) -> dict[
         "model": options.shape or options.model,
         "data": options.data,
         "dtype": options.dtype,
+        "device": options.device,
         "examples": options.examples,
         "examples_per_step": options.examples_per_step,
         "start_seconds": {},
@@ -68,10 +69,10 @@ def study(options: argparse.Namespace, console: Console, scratch: Path) -> dict[
     return report
 
 
-def write_model(folder: Path, shape: str, dtype: Any) -> Path:
-    """A model of random weights with a tokenizer that knows its numbers."""
+def write_model(folder: Path, shape: str, dtype: Any, device: str = "cpu") -> Path:
+    """A model of random weights, drawn on `device`, with a tokenizer that knows its numbers."""
     with without_progress_bars():
-        random_base(shape, dtype, "cpu").save_pretrained(folder)
+        random_base(shape, dtype, device).save_pretrained(folder)
     words = {str(number): number for number in range(SHAPES[shape]["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="0")))
     tokenizer.eos_token = "1"
@@ -96,6 +97,7 @@ def speed(
             examples=str(file),
             examples_per_step=options.examples_per_step,
             dtype=options.dtype,
+            device=options.device,
             threads=options.threads,
             candidates=candidates,
             steps=steps,
@@ -107,8 +109,11 @@ def speed(
     skipped = {name: reason for name in options.trainers if (reason := why_not(name))}
     for name in [name for name in options.trainers if name not in skipped]:
         settings = candidates_of(name, options.examples_per_step, max(options.tokens_per_batch, max(lengths)))
-        tried = tuned(name, measured(name, settings, TUNING_STEPS)["runs"]) if len(settings) > 1 else []
-        results[name] = {"settings": tried[0]["settings"] if tried else settings[0], "tried": tried, "rounds": []}
+        tried = tuned(name, measured(name, settings, TUNING_STEPS)["runs"])
+        results[name] = {"settings": tried[0]["settings"], "tried": tried, "rounds": []}
+        # So many steps have a schedule of their own: they are compared among themselves.
+        differences = loss_differences(tried, results[OURS]["tried"][0], options.dtype)
+        results[name]["differences"] = differences
         tell(f"{name}: {described(results[name]['settings'])}")
     names = [*results]
     for number in range(options.rounds):
@@ -119,10 +124,12 @@ def speed(
             if "error" in made:
                 raise MethodError(f"{name}: {made['error']}")
             results[name]["rounds"].append(answer | made)
+            differences = loss_differences([made], results[OURS]["rounds"][0], options.dtype)
+            results[name]["differences"] += differences
         tell(f"round {number + 1} of {options.rounds}: done")
     return {
         "tokens": sum(lengths),
-        "speed": {name: summary(result, results[names[0]], options.dtype) for name, result in results.items()},
+        "speed": {name: summary(result, results[OURS]) for name, result in results.items()},
         "start_seconds": {name: started(result["rounds"]) for name, result in results.items()},
         "skipped": skipped,
     }
@@ -168,20 +175,29 @@ def tuned(trainer: str, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(made, key=lambda run: -run["tokens_per_second"]) + failed
 
 
-def summary(result: dict[str, Any], ours: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Medians over the rounds, the speed beside that of `ours`, and how far the losses are from its own.
+def loss_differences(runs: Sequence[dict[str, Any]], ours: dict[str, Any], dtype: str) -> list[float]:
+    """Nats between the first losses of runs that make our steps and those of `ours`.
 
     Raises:
         MethodError: the losses are not the same.
     """
-    rounds, expected = result["rounds"], ours["rounds"][0]["losses"][:COMPARED_STEPS]
-    same = [run["losses"] for run in [*result["tried"], *rounds] if "losses" in run and keeps_steps(run["settings"])]
-    differences = [abs(its - own) for losses in same for its, own in zip(losses, expected, strict=False)]
-    if not all(difference <= LOSS_TOLERANCE[dtype] for difference in differences):
-        raise MethodError(
-            f"{described(result['settings'])}: a loss is {max(differences):.2g} nats from ours; they differ in more "
-            "than speed"
-        )
+    differences: list[float] = []
+    for run in runs:
+        if "error" in run or not keeps_steps(run["settings"]):
+            continue
+        pairs = zip(run["losses"][:COMPARED_STEPS], ours["losses"], strict=False)
+        own = [abs(its - wanted) for its, wanted in pairs]
+        if not all(difference <= LOSS_TOLERANCE[dtype] for difference in own):
+            raise MethodError(
+                f"{described(run['settings'])}: a loss is {max(own):.2g} nats from ours; they differ in more than speed"
+            )
+        differences += own
+    return differences
+
+
+def summary(result: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Medians over the rounds, the speed beside that of `ours`, and how far the losses are from its own."""
+    rounds, differences = result["rounds"], result["differences"]
     speeds = [run["tokens"] / run["seconds"] for run in rounds]
     own_speeds = [run["tokens"] / run["seconds"] for run in ours["rounds"]]
     ratios = [own / its for own, its in zip(own_speeds, speeds, strict=True)]
@@ -276,7 +292,8 @@ def _counts(runs: Sequence[dict[str, Any]]) -> list[int]:
 
 def show_speed(report: dict[str, Any], console: Console) -> None:
     """Tables of the results, and the sentences that they come down to."""
-    title = f"{report['model']}, {report['dtype']}, {report['machine']['threads']} threads"
+    where = "{device}" if report["device"] == "cuda" else "{threads} threads"
+    title = f"{report['model']}, {report['dtype']}, {where.format(**report['machine'])}"
     if "speed" in report:
         console.print(_trainers_table(report, title))
         for name, reason in report["skipped"].items():

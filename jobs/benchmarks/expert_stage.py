@@ -84,6 +84,7 @@ def together(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
 def recipe_of(job: Job, at_once: int, cpus: int) -> Recipe:
     """Every expert begins with a fresh adapter, so that no generalist is needed."""
     section = {
+        "epochs": 1,
         "learning_rate": LEARNING_RATE,
         "examples_per_step": job.examples_per_step,
         "tokens_per_batch": job.tokens_per_batch,

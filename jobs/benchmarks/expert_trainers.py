@@ -39,6 +39,8 @@ class Job(NamedTuple):
     examples_per_step: int
     dtype: str
     """Of the base's weights and of the products; the adapter is float32."""
+    device: str
+    """`cpu`, or `cuda`."""
     threads: int
     candidates: list[Settings]
     """Tried one after the other, each with a model of its own."""
@@ -63,7 +65,7 @@ Build = Callable[[Any, Settings, Sequence[Sequence[Row]]], Train]
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train with every candidate: seconds, tokens, losses and peak of this process."""
+    """Train with every candidate: seconds, tokens, losses and peak of this process, or of its memory on the GPU."""
     load, build = {OURS: ours, TRL: trl, TRANSFORMERS: transformers}[job.trainer](job)
     start = {"imports": time.time() - job.spawned}
     torch = import_module("torch")
@@ -87,7 +89,8 @@ def run(job: Job) -> dict[str, Any]:
         tokens = sum(len(row["input_ids"]) for rows in steps for row in rows)
         runs.append({"settings": settings, "seconds": seconds, "tokens": tokens, "losses": trained.losses})
         del model, train
-    return {"start": start, "runs": runs, "peak_bytes": peak_bytes()}
+    peak = torch.cuda.max_memory_allocated() if job.device == "cuda" else peak_bytes()
+    return {"start": start, "runs": runs, "peak_bytes": peak}
 
 
 def peak_bytes() -> int:
@@ -148,7 +151,7 @@ def _length(row: Row) -> int:
 
 def ours(job: Job) -> tuple[Callable[[], Any], Build]:
     """The loop on a DeepSpeed engine of ZeRO 1, as a worker of the stage has it, which imports Ray."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"DS_ACCELERATOR": job.device, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     torch = import_module("torch")
     import_module("deepspeed")
     import_module("gradientspace_ray.stages.finetune_worker")
@@ -159,11 +162,12 @@ def ours(job: Job) -> tuple[Callable[[], Any], Build]:
     distributed = torch.distributed
 
     def load() -> Any:
-        return _adapted(loading.load_base(job.model, job.dtype))
+        return _adapted(loading.load_base(job.model, job.dtype, job.device))
 
     def build(model: Any, settings: Settings, steps: Sequence[Sequence[Row]]) -> Train:
         if not distributed.is_initialized():
-            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+            backend = "nccl" if job.device == "cuda" else "gloo"
+            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
         section = budget.TrainingSettings(
             learning_rate=LEARNING_RATE, examples_per_step=job.examples_per_step, **settings
         )
@@ -184,7 +188,7 @@ def ours(job: Job) -> tuple[Callable[[], Any], Build]:
                 tokens_per_batch=section.tokens_per_batch,
             ):
                 trained.losses.append(step.loss)
-                trained.ends.append(time.perf_counter())
+                trained.ends.append(_now(job.device))
             return trained
 
         return train
@@ -209,7 +213,7 @@ def trl(job: Job) -> tuple[Callable[[], Any], Build]:
             processing_class=tokenizer(),
             optimizers=_optimizers(model, len(steps)),
         )
-        return _watched(trainer)
+        return _watched(trainer, job.device)
 
     return _plain_model(job), build
 
@@ -232,7 +236,7 @@ def transformers(job: Job) -> tuple[Callable[[], Any], Build]:
             train_dataset=[row for rows in steps for row in rows],
             optimizers=_optimizers(model, len(steps)),
         )
-        return _watched(trainer)
+        return _watched(trainer, job.device)
 
     return _plain_model(job), build
 
@@ -258,7 +262,7 @@ def _plain_model(job: Job) -> Callable[[], Any]:
             base = library.AutoModelForCausalLM.from_pretrained(
                 loading.resolve_model(job.model), dtype=loading.as_dtype(job.dtype), attn_implementation="sdpa"
             )
-        return _adapted(base)
+        return _adapted(base.to(job.device))
 
     return load
 
@@ -290,7 +294,7 @@ def _arguments(job: Job, settings: Settings, steps: Sequence[Sequence[Row]]) -> 
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
         "max_grad_norm": import_module("gradientspace_ray.recipe").TrainingSection().max_grad_norm,
-        "use_cpu": True,
+        "use_cpu": job.device == "cpu",
         "bf16": job.dtype == "bfloat16",
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
@@ -316,7 +320,7 @@ def _optimizers(model: Any, steps: int) -> tuple[Any, Any]:
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def _watched(trainer: Any) -> Train:
+def _watched(trainer: Any, device: str) -> Train:
     """The training of a trainer of transformers' kind, whose steps are clocked."""
     library = import_module("transformers")
     trained = Trained([], [])
@@ -325,7 +329,7 @@ def _watched(trainer: Any) -> Train:
         """Notes when a step ends, and its loss."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            trained.ends.append(time.perf_counter())
+            trained.ends.append(_now(device))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "loss" in logs:
@@ -339,6 +343,13 @@ def _watched(trainer: Any) -> Train:
         return trained
 
     return train
+
+
+def _now(device: str) -> float:
+    """The time when all that was asked for is done."""
+    if device == "cuda":
+        import_module("torch").cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python jobs/benchmarks/experts.py [--data DIR] [--json OUT]
 
-Speed: real tokens per second, padding not counted, and the peak memory of the process, of the project's loop on a
-DeepSpeed engine (`ours`), of trl's SFTTrainer and of transformers' Trainer, with the same base, adapter, examples,
+Speed: real tokens per second, padding not counted, and the peak memory, of the process or on the GPU. The project's
+loop on a DeepSpeed engine (`ours`), trl's SFTTrainer and transformers' Trainer have the same base, adapter, examples,
 optimizer, schedule and types. The others have the fastest of their own settings; all losses must be the same up to
 rounding. Their start is apart: imports, the model, and all until the first step. Then the stage itself trains several
 experts at once and one after the other, on a local Ray, each time with all CPUs.
@@ -34,7 +34,8 @@ from gradientspace_ray.models.bundled import CHAT_MODEL
 from gradientspace_ray.models.loading import ModelError
 from gradientspace_ray.recipe import TrainingSection
 
-PARTS = ("speed", "concurrent")
+SPEED = "speed"
+PARTS = (SPEED, "concurrent")
 STUDY = "--study"
 
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = measured(options, console)
     except (TaskError, MethodError, SourceError, ModelError, UnsupportedModelError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    report = {"machine": machine(torch.device("cpu")), **report}
+    report = {"machine": machine(torch.device(options.device)), **report}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -74,6 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default=CHAT_MODEL, metavar="NAME", help="a local folder, or a Hugging Face name")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, and examples that are made up")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of base and products")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the trainers; default: cpu")
     parser.add_argument("--parts", type=_parts, default=[*PARTS], metavar="A,B", help=f"default: {','.join(PARTS)}")
     parser.add_argument("--trainers", type=_trainers, default=[*TRAINERS], metavar="A,B", help=", ".join(TRAINERS))
     parser.add_argument("--examples", type=_positive, default=64, metavar="N", help="of the trainers; default: 64")
@@ -90,6 +92,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(
             f"--examples {options.examples}: give a multiple of --examples-per-step {options.examples_per_step}"
         )
+    if options.device == "cuda" and options.parts != [SPEED]:
+        parser.error(f"--device cuda: give --parts {SPEED}; the stage is measured on CPUs")
     return options
 
 
