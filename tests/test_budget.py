@@ -73,7 +73,7 @@ def test_the_single_lora_sees_as_many_tokens_as_made_the_experts(run, tokens, sh
     experts = EXPERTS.model_copy(update={"start": experts_start})
     experts = experts_settings(experts, WARMUP, budget, sum(everything))
     section = SingleLoraSection(start=start)
-    single = single_lora_settings(section, warmup, experts, sum(lengths), sum(everything))
+    single = single_lora_settings(section, WARMUP, experts, tokens_seen(warmup, lengths), sum(everything))
     wanted = sum(tokens_seen(one_expert(experts, len(part)), part) for part in parts)
     allowed = max(everything) + sum(map(max, parts))
     # A fresh one has to catch up with what the experts have from the generalist; one that continues it has that too.
@@ -89,7 +89,7 @@ def test_without_a_budget_whole_passes_of_the_single_lora_are_equal_to_the_token
     parts = [lengths[:50], lengths[50:80], lengths[80:]]
     warmup = WARMUP.model_copy(update={"epochs": epochs})
     experts = EXPERTS.model_copy(update={"epochs": 3})
-    single = single_lora_settings(SingleLoraSection(), warmup, experts, sum(lengths), sum(lengths))
+    single = single_lora_settings(SingleLoraSection(), WARMUP, experts, epochs * sum(lengths), sum(lengths))
     experts_tokens = sum(tokens_seen(one_expert(experts, len(part)), part) for part in parts)
     assert tokens_seen(single, lengths) == tokens_seen(warmup, lengths) + experts_tokens == (3 + epochs) * sum(lengths)
 
@@ -119,13 +119,13 @@ def test_what_continues_the_generalist_goes_the_rest_of_its_cosine_without_anoth
 
 
 def test_the_generalists_learning_rate_is_everyones_unless_they_have_their_own():
-    # Steps of a quarter of the size have half of the rate.
+    # Steps of half the size have 0.7 times the rate; those above 8 examples count as 8.
     experts = experts_settings(EXPERTS.model_copy(update={"learning_rate": None}), WARMUP, BudgetSection(), 10)
-    assert experts.learning_rate == pytest.approx(1.5e-3)
+    assert experts.learning_rate == pytest.approx(3e-3 / 2**0.5)
     assert experts_settings(EXPERTS, WARMUP, BudgetSection(), 10).learning_rate == 1e-3
-    single = single_lora_settings(SingleLoraSection(), WARMUP, EXPERTS, 10, 10)
-    assert (single.learning_rate, single.examples_per_step, single.epochs) == (pytest.approx(1.5e-3), 4, 3.5)
-    single = single_lora_settings(SingleLoraSection(examples_per_step=16), WARMUP, EXPERTS, 10, 10)
+    single = single_lora_settings(SingleLoraSection(), WARMUP, EXPERTS, 20, 10)
+    assert (single.learning_rate, single.examples_per_step, single.epochs) == (pytest.approx(3e-3 / 2**0.5), 4, 3.5)
+    single = single_lora_settings(SingleLoraSection(examples_per_step=16), WARMUP, EXPERTS, 20, 10)
     assert (single.learning_rate, single.examples_per_step) == (3e-3, 16)
     section = SingleLoraSection(learning_rate=2e-4, examples_per_step=5, start="generalist")
     single = single_lora_settings(section, WARMUP, EXPERTS, 10, 10)

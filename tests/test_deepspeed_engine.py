@@ -22,7 +22,7 @@ from reference_training import (
 from gradientspace_ray.models.attention import SEGMENTED
 from gradientspace_ray.models.checkpointing import activation_checkpointing
 from gradientspace_ray.training.budget import TrainingSettings
-from gradientspace_ray.training.engine import PlainEngine, set_weights
+from gradientspace_ray.training.engine import PlainEngine, TrainingError, set_weights
 from gradientspace_ray.training.finetune import Data, PreemptedError, finetune
 from gradientspace_ray.training.loop import ALONE, Worker
 from gradientspace_ray.training.schedule import plan_steps
@@ -300,6 +300,35 @@ def test_one_who_resumes_with_as_many_workers_ends_bit_for_bit_where_the_undistu
 def test_one_who_resumes_with_another_number_of_workers_ends_close_by(trained, mode, change):
     states, _, _ = trained
     assert_near(states[f"{mode}@{change}"], states["plain"], f"{mode}@{change}")
+
+
+def _diverge(rank, messages):
+    """What the loop says of an infinite gradient, by ZeRO stage."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    module = import_module("gradientspace_ray.stages.deepspeed_engine")
+
+    class Exploding(module.DeepSpeedEngine):
+        def backward(self, loss):
+            super().backward(loss * float("inf"))
+
+    for zero_stage in range(4):
+        settings = SETTINGS.model_copy(update={"zero_stage": zero_stage})
+        try:
+            finetune(Exploding(segmented_model(), settings, torch.float32), DATA, settings, seed=SEED)
+        except TrainingError as error:
+            messages.put((zero_stage, str(error)))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_ends_a_finetune_under_every_stage():
+    messages = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(_diverge, (messages,))
+    found = dict(messages.get() for _ in range(4))
+    # Without ZeRO, DeepSpeed does not say how long the gradient was; the weights, and the next loss, are not finite.
+    assert found[0].startswith("the loss is nan at step 2 of 6 ")
+    assert all(found[stage].startswith("the gradient is inf at step 1 of 6 ") for stage in (1, 2, 3))
 
 
 @pytest.fixture(scope="module")

@@ -353,7 +353,10 @@ def test_patience_and_the_best_are_those_of_a_loop_that_counts(heldout, patience
     )
     examples = Data([([1, 2], [1, 2])], [([3, 4, 5], [3, 4, 5])])
     outcome = finetune(ScriptedEngine(heldout), examples, section, seed=[0])
+    assert outcome.state.best_moments is None
+    outcome = finetune(ScriptedEngine(heldout), examples, section, seed=[0], continued=True)
     assert (outcome.state.step, outcome.state.best_step) == (stop, best_step)
+    assert (outcome.state.best_moments.step, outcome.state.moments.step) == (best_step, stop)
     assert outcome.state.best == {"steps": torch.tensor(float(best_step))}
     assert outcome.state.heldout == tuple((at, heldout[at // every - 1]) for at in range(every, stop + 1, every))
     assert outcome.tokens == 2 * stop

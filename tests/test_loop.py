@@ -1,5 +1,7 @@
 """One worker's steps against a loop in plain PyTorch; DeepSpeed's engines are in test_deepspeed_engine.py."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,14 @@ def test_a_step_without_label_tokens_is_an_error():
     engine = plain_engine(segmented_model())
     with pytest.raises(TrainingError, match="step 1 has no label tokens"):
         next(train(engine, [([5, 6, 7], [5, -100, -100])], [[0]], **SCHEDULE, tokens_per_batch=64))
+
+
+def test_a_gradient_that_is_not_finite_is_an_error():
+    engine = plain_engine(segmented_model())
+    backward = engine.backward
+    engine.backward = lambda loss: backward(loss * math.inf)
+    with pytest.raises(TrainingError, match=r"the gradient is nan at step 1 of 1 .*; give a lower learning_rate"):
+        next(train(engine, [([5, 6, 7], [5, 6, 7])], [[0]], **SCHEDULE, tokens_per_batch=64))
 
 
 def test_saved_adapter_has_the_weights_and_the_same_digest_every_time(tmp_path):

@@ -62,6 +62,11 @@ def test_the_rate_of_other_steps_grows_with_the_root_of_their_size():
     assert scaled_rate(1e-3, 3, 3) == 1e-3
 
 
+def test_steps_above_those_measured_do_not_change_the_rate():
+    assert scaled_rate(1e-3, 8, 64) == scaled_rate(1e-3, 64, 32) == 1e-3
+    assert scaled_rate(1e-3, 64, 2) == scaled_rate(1e-3, 8, 2) == pytest.approx(5e-4)
+
+
 @pytest.mark.parametrize("total", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_learning_rate_of_a_very_short_finetune_is_positive_and_at_most_the_peak(total, share):

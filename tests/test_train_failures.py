@@ -7,9 +7,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-import ray
 import torch
+from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from test_train_stage import EXAMPLES, EXPERTS, WARMUP, on_ray, recipe_for, record, write_examples
 
 from gradientspace_ray.models.moments import AdamMoments
@@ -95,7 +96,8 @@ def test_keys_that_contradict_each_other_are_told_before_anything_starts(tmp_pat
 
 def test_a_finetune_is_named_with_the_reason_of_the_worker_that_failed_first():
     broken = RuntimeError("Connection closed by peer [127.0.0.1]:1")
-    dead = ray.exceptions.RayActorError(error_msg="The actor died")
+    # As Ray Train has them of a worker that was killed.
+    dead = WorkerHealthCheckFailedError("A worker health check failed.", RayActorError(error_msg="The actor died"))
     explained = TrainingError("out of memory; lower it")
 
     def reason(*failures):
@@ -120,10 +122,35 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_a_saved_one_goes
     assert _read_latest(run, plan).step == 3
     board, state = MagicMock(), TrainingState((1.0,) * 4, (), 1.0, weights, moments, None)
     _Observer(run, plan, board, tmp_path, lambda step, values: None).save(state)
-    assert run.names(plan.checkpoints) == ["00000004", "00000006"]
+    # One that is older stays, in case that the newest is damaged.
+    assert run.names(plan.checkpoints) == ["00000003", "00000004", "00000006"]
     assert _read_latest(run, plan).step == 4
     run.delete(plan.checkpoints)
     assert _read_latest(run, plan) is None
+
+
+@on_ray
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"warmup": {**WARMUP, "workers": 9, "examples_per_step": 9}},
+            "generalist: warmup.workers 9 need 9 CPUs, and this machine has 4; lower it or compute.cpus_per_worker, "
+            "set compute.device, or join a cluster (RAY_ADDRESS)",
+        ),
+        (
+            {"compute": {"device": "cuda", "gpus_per_worker": 1}},
+            "generalist: warmup.workers 1 need 1 GPUs, and this machine has 0; lower it or compute.gpus_per_worker, "
+            "set compute.device, or join a cluster (RAY_ADDRESS)",
+        ),
+    ],
+)
+def test_what_this_machine_cannot_hold_is_not_waited_for(ray_cluster, tiny_model_dir, tmp_path, changes, message):
+    run = RunDirectory(tmp_path)
+    write_examples(run, EXAMPLES)
+    with pytest.raises(TrainingError) as error:
+        train.warmup(recipe_for(tiny_model_dir, **changes), run)
+    assert str(error.value) == message
 
 
 @pytest.fixture

@@ -22,12 +22,13 @@ from reference_training import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from gradientspace_ray.examples.splits import hashed_position
 from gradientspace_ray.models.loading import add_lora, load_adapter
 from gradientspace_ray.models.moments import MOMENTS_FILE, load_moments
 from gradientspace_ray.recipe import parse_recipe
 from gradientspace_ray.registry import adapter_digest, committed_digest
 from gradientspace_ray.run import RunDirectory, digest_of
-from gradientspace_ray.stages import finetunes, train
+from gradientspace_ray.stages import finetune_worker, finetunes, train
 from gradientspace_ray.stages.finetune_worker import ORDER_PURPOSE, Finetune, examples_of
 from gradientspace_ray.stages.finetunes import committed
 from gradientspace_ray.training.budget import TrainingSettings
@@ -49,13 +50,13 @@ def on_ray(test):
     return pytest.mark.ray(pytest.mark.slow(test))
 
 
-def write_examples(run, examples, clusters=CLUSTERS):
+def write_examples(run, examples, clusters=CLUSTERS, groups=None):
     columns = {
         "id": pa.array([f"{index:016x}" for index in range(len(examples))]),
         "input_ids": pa.array([ids for ids, _ in examples], pa.list_(pa.int32())),
         "labels": pa.array([labels for _, labels in examples], pa.list_(pa.int32())),
         "tokens": pa.array([len(ids) for ids, _ in examples], pa.int32()),
-        "split_key": pa.array([f"question {index // 2}" for index in range(len(examples))]),
+        "split_key": pa.array(groups or [f"question {index // 2}" for index in range(len(examples))]),
     }
     run.write_table("examples/train.parquet", pa.table(columns))
     run.write_table(
@@ -231,6 +232,35 @@ def test_the_single_lora_sees_what_the_experts_see_and_the_generalist_everything
     write_examples(empty_run, EXAMPLES, [0] * len(EXAMPLES))
     with pytest.raises(TrainingError, match=r"cluster 1 of clusters/assignments.parquet holds no training examples"):
         examples_of(recipe, empty_run, "experts", 1, ["input_ids"])
+
+
+def test_a_cluster_that_would_be_held_out_as_a_whole_is_trained_on(empty_run, tiny_model_dir):
+    # Examples of one group are held out together.
+    write_examples(empty_run, EXAMPLES, CLUSTERS, groups=[f"group {cluster}" for cluster in CLUSTERS])
+    held_out = [hashed_position(f"group {cluster}", finetune_worker.HELD_OUT) for cluster in (0, 1)]
+    share = (min(held_out) + max(held_out)) / 2
+    recipe = recipe_for(tiny_model_dir, experts={**EXPERTS, "heldout_share": share})
+    for cluster, position in enumerate(held_out):
+        trained, heldout = examples_of(recipe, empty_run, "experts", cluster, ["id"])
+        assert (trained.num_rows, heldout.num_rows) == (CLUSTERS.count(cluster), 0)
+        assert (position < share) == (cluster == held_out.index(min(held_out)))
+    # The generalist sees none of it.
+    known = examples_of(recipe, empty_run, "warmup", None, ["id"])[0]
+    assert known.num_rows == CLUSTERS.count(held_out.index(max(held_out)))
+
+
+@pytest.mark.parametrize("changed", [(0, 3), (1, -1)])
+def test_other_tokens_or_labels_of_the_same_text_are_another_finetune(empty_run, tiny_model_dir, changed):
+    recipe = recipe_for(tiny_model_dir)
+    write_examples(empty_run, EXAMPLES)
+    before = train.plan_generalist(recipe, empty_run)
+    assert train.plan_generalist(recipe, empty_run) == before
+    column, place = changed
+    examples = [tuple(map(list, example)) for example in EXAMPLES]
+    examples[5][column][place] = 7
+    write_examples(empty_run, examples)
+    after = train.plan_generalist(recipe, empty_run)
+    assert (after.key != before.key, after.tokens, after.steps) == (True, before.tokens, before.steps)
 
 
 @pytest.mark.parametrize("changed", ["weights", "moments", "cosine_share"])

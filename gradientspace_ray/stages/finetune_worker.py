@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from errno import ENOSPC
 from pathlib import Path
@@ -23,6 +23,7 @@ from peft import PeftModel
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 
+from gradientspace_ray.examples.packing import Example
 from gradientspace_ray.examples.splits import hashed_position
 from gradientspace_ray.models import loading
 from gradientspace_ray.models.attention import UnsupportedModelError
@@ -85,7 +86,8 @@ def examples_of(
     """Columns of what a finetune trains on, and of what it holds out, in the order of the file.
 
     The generalist trains on nothing that an expert holds out, or the expert's loss there would be of what it knows. The
-    single LoRA is measured against the experts, so it sees what they see: no outlier, whose cluster is -1.
+    single LoRA is measured against the experts, so it sees what they see: no outlier, whose cluster is -1. A cluster
+    that would be held out as a whole, being one group, is trained on as a whole.
 
     Args:
         recipe: its `heldout_share` of both sections counts.
@@ -110,6 +112,8 @@ def examples_of(
     if most:
         position_N = np.array([hashed_position(key, HELD_OUT) for key in table["split_key"].to_pylist()])
     trained_N = own_N & (position_N >= most)
+    if own_N.any() and not trained_N.any() and cluster is not None:
+        trained_N, position_N = own_N, np.ones(table.num_rows)
     if not trained_N.any():
         where = TRAIN_FILE if cluster is None else f"cluster {cluster} of {ASSIGNMENTS}"
         mend = "lower the heldout_share of warmup and experts" if own_N.any() else "run the stage that makes it again"
@@ -195,6 +199,7 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: 
             seed=[recipe.seed, ORDER_PURPOSE[plan.section]],
             cosine=plan.cosine,
             moments=moments,
+            continued=plan.section == "warmup",
             worker=worker,
             state=state,
             must_leave=_must_leave,
@@ -229,8 +234,21 @@ def _must_leave(step: Step) -> bool:
 
 
 def _data(run: RunDirectory, recipe: Recipe, plan: Finetune) -> Data:
-    tables = examples_of(recipe, run, plan.section, plan.cluster, ["input_ids", "labels"])
-    return Data(*(list(zip(t["input_ids"].to_pylist(), t["labels"].to_pylist(), strict=True)) for t in tables))
+    train, heldout = examples_of(recipe, run, plan.section, plan.cluster, ["input_ids", "labels"])
+    return Data(_Examples(train), _Examples(heldout))
+
+
+class _Examples(Sequence[Example]):
+    """Examples that stay in Arrow's memory until a step asks for them: as Python's numbers they take ten times more."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._input_ids, self._labels = table["input_ids"], table["labels"]
+
+    def __len__(self) -> int:
+        return len(self._input_ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._input_ids[index].as_py(), self._labels[index].as_py()
 
 
 def _latest(run: RunDirectory, plan: Finetune, worker: Worker) -> TrainingState | None:
@@ -271,12 +289,14 @@ class _Observer:
         self._board.report.remote(self._plan.name, step.number, step.total, note)
 
     def save(self, state: TrainingState) -> None:
-        """See `training.finetune.finetune`; the checkpoint before goes when this one is whole."""
+        """See `training.finetune.finetune`; the checkpoint before stays beside this one, and those before it go."""
         run, folder, name = self._run, self._plan.checkpoints, f"{state.step:08d}"
         with run.staged(f"{folder}/{name}", last=STATE_FILE) as staged:
             save_state(state, staged)
         # Not what is above: a worker of an earlier try may still live, and this one saves less than its successors.
-        run.delete(*(f"{folder}/{other}" for other in run.names(folder) if other < name))
+        earlier = [other for other in run.names(folder) if other < name]
+        # A machine that loses power may leave the newest one damaged.
+        run.delete(*(f"{folder}/{other}" for other in earlier[:-1]))
         self.put_events()
 
     def put_events(self) -> None:
@@ -329,7 +349,7 @@ def _commit(
     state: TrainingState,
 ) -> None:
     """Write the adapter, then give it its name; an expert's holds the digest of its files."""
-    moments = state.moments if plan.section == "warmup" else None
+    moments = (state.best_moments or state.moments) if plan.section == "warmup" else None
     with tempfile.TemporaryDirectory(prefix="gradientspace-") as scratch:
         checkpoints.save(model, state.best or state.weights, record, Path(scratch), moments)
         folder = plan.name

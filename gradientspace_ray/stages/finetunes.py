@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from gradientspace_ray.errors import one_line
-from gradientspace_ray.recipe import Recipe
+from gradientspace_ray.recipe import ComputeSection, Recipe
 from gradientspace_ray.registry import committed_digest
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.stages.finetune_worker import CHECKPOINTS, EXPERTS, LASTING_ERRORS, Finetune, work
@@ -28,6 +28,8 @@ from gradientspace_ray.training import checkpoints
 from gradientspace_ray.training.engine import TrainingError
 
 FAILURES = "failures"
+DEATHS = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""What Ray says of a worker that the system, or its own memory monitor, has killed."""
 STOP_TIMEOUT_S = 15.0
 TRACKERS_ENV = re.compile(r"(MLFLOW|WANDB)_(?!SERVICE)")
 """What sets the trackers up where the driver runs; their clients are in the workers."""
@@ -53,13 +55,14 @@ def train_missing(
     """Train every finetune whose adapter is not committed yet. Returns all of them, by name.
 
     Raises:
-        TrainingError: a finetune failed; the others are committed.
+        TrainingError: a finetune failed, and the others are committed; or this machine can hold none.
     """
     made = {finetune.name: committed(run, finetune) for finetune in finetunes}
     missing = [finetune for finetune in finetunes if made[finetune.name] is None]
     missing.sort(key=lambda finetune: finetune.tokens, reverse=True)
     kept = {finetune.checkpoints for finetune in missing}
     run.delete(FAILURES, *(folder for folder in _checkpoints(run, finetunes) if folder not in kept))
+    _check_room(recipe, missing)
     failures = _run_bounded(recipe, run, missing, concurrent) if missing else {}
     if failures:
         listed = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
@@ -101,6 +104,27 @@ def committed(run: RunDirectory, finetune: Finetune) -> checkpoints.Committed | 
         if finetune.cluster is None or folder == f"{EXPERTS}/{finetune.name}@{digest}":
             return checkpoints.Committed(folder, digest, record)
     return None
+
+
+def _worker_resources(compute: ComputeSection) -> dict[str, float]:
+    gpus = {"GPU": compute.gpus_per_worker} if compute.device == "cuda" else {}
+    return {"CPU": compute.cpus_per_worker, **gpus}
+
+
+def _check_room(recipe: Recipe, finetunes: Sequence[Finetune]) -> None:
+    """Refuse what a local Ray could only wait for: other clusters may grow."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    here = ray.cluster_resources()
+    for finetune in finetunes:
+        for name, each in _worker_resources(recipe.compute).items():
+            needed = each * finetune.settings.workers
+            if needed > here.get(name, 0.0):
+                raise TrainingError(
+                    f"{finetune.name}: {finetune.section}.workers {finetune.settings.workers} need {needed:g} {name}s, "
+                    f"and this machine has {here.get(name, 0.0):g}; lower it or compute.{name.lower()}s_per_worker, "
+                    "set compute.device, or join a cluster (RAY_ADDRESS)"
+                )
 
 
 def _run_bounded(recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune], concurrent: int) -> dict[str, str]:
@@ -186,7 +210,6 @@ def _trainer(
 ) -> TorchTrainer:
     compute = recipe.compute
     on_gpu = compute.device == "cuda"
-    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
     return TorchTrainer(
         work,  # type: ignore[arg-type]
         # Plain values: the controller reads them too, and need not import what the workers do.
@@ -200,7 +223,7 @@ def _trainer(
         },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=finetune.settings.workers, use_gpu=on_gpu, resources_per_worker=resources
+            num_workers=finetune.settings.workers, use_gpu=on_gpu, resources_per_worker=_worker_resources(compute)
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{recipe.name}-{finetune.name}-{finetune.key}",
@@ -214,13 +237,20 @@ def _trainer(
 def _reason(error: Exception, finetune: Finetune) -> str:
     """What the worker that failed first said, in one line: it takes the others with it."""
     failures = list((getattr(error, "worker_failures", None) or {0: error}).values())
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    causes = [_cause(failure) for failure in failures]
     explained = next((cause for cause in causes if isinstance(cause, (TrainingError, *LASTING_ERRORS))), None)
     if explained:
         return one_line(explained)
-    dead = next((cause for cause in causes if isinstance(cause, ray.exceptions.RayActorError)), None)
+    dead = next((cause for cause in causes if isinstance(cause, DEATHS)), None)
     if dead:
         mend = f"lower {finetune.section}.tokens_per_batch or experts.max_concurrent"
         return f"a worker died ({one_line(dead)}); if memory ran out, {mend}"
     causes.sort(key=lambda cause: any(sign in str(cause) for sign in BROKEN_CONNECTION))
     return one_line(causes[0])
+
+
+def _cause(failure: Exception) -> Exception:
+    """What Ray Train has wrapped: the worker's own error, or that it is dead."""
+    for name in ("_base_exc", "health_check_failure"):
+        failure = getattr(failure, name, failure)
+    return failure

@@ -15,7 +15,14 @@ from gradientspace_ray.recipe import BudgetSection, ExpertsSection, Recipe, Reci
 from gradientspace_ray.registry import committed_digest
 from gradientspace_ray.run import RunDirectory, Summary, digest_of
 from gradientspace_ray.stages.deepspeed_engine import configuration
-from gradientspace_ray.stages.finetune_worker import EVENTS, EXPERTS, ORDER_PURPOSE, Finetune, examples_of
+from gradientspace_ray.stages.finetune_worker import (
+    EVENTS,
+    EXPERTS,
+    ORDER_PURPOSE,
+    TRAIN_FILE,
+    Finetune,
+    examples_of,
+)
 from gradientspace_ray.stages.finetunes import train_missing
 from gradientspace_ray.training.budget import (
     TrainingSettings,
@@ -25,7 +32,7 @@ from gradientspace_ray.training.budget import (
     single_lora_settings,
     warmup_settings,
 )
-from gradientspace_ray.training.checkpoints import Committed
+from gradientspace_ray.training.checkpoints import RECORD_FILE, Committed
 from gradientspace_ray.training.schedule import lora_rate, plan_steps
 from gradientspace_ray.training.tracking import check_trackers
 
@@ -127,24 +134,24 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
 def plan_generalist(recipe: Recipe, run: RunDirectory) -> Finetune:
     """The warm-up's finetune."""
     settings = warmup_settings(recipe.warmup, recipe.budget, _tokens(recipe, run, "warmup"))
-    return _plan(recipe, run, GENERALIST, "warmup", settings, (0.0, settings.cosine_share))
+    return _plan(recipe, run, _content(run), GENERALIST, "warmup", settings, (0.0, settings.cosine_share))
 
 
 def plan_experts(recipe: Recipe, run: RunDirectory) -> list[Finetune]:
     """A finetune for each cluster, and the baseline's."""
     names = run.read_json(QUALITY)["names"]
-    tokens = _tokens(recipe, run, "experts")
+    tokens, content = _tokens(recipe, run, "experts"), _content(run)
     settings = experts_settings(recipe.experts, recipe.warmup, recipe.budget, tokens)
     cosine, origin = cosine_of(settings.start, recipe.warmup), _origin(run, settings.start)
     finetunes = [
-        _plan(recipe, run, name, "experts", settings, cosine, origin, cluster) for cluster, name in enumerate(names)
+        _plan(recipe, run, content, name, "experts", settings, cosine, origin, cluster)
+        for cluster, name in enumerate(names)
     ]
     if recipe.single_lora.train:
-        all_tokens = _tokens(recipe, run, "warmup")
-        warmup = warmup_settings(recipe.warmup, recipe.budget, all_tokens)
-        baseline = single_lora_settings(recipe.single_lora, warmup, settings, all_tokens, tokens)
+        shared = 0 if settings.start == "fresh" else run.read_json(f"{GENERALIST}/{RECORD_FILE}")["tokens"]
+        baseline = single_lora_settings(recipe.single_lora, recipe.warmup, settings, shared, tokens)
         cosine, origin = cosine_of(recipe.single_lora.start, recipe.warmup), _origin(run, recipe.single_lora.start)
-        finetunes.append(_plan(recipe, run, SINGLE_LORA, "experts", baseline, cosine, origin))
+        finetunes.append(_plan(recipe, run, content, SINGLE_LORA, "experts", baseline, cosine, origin))
     return finetunes
 
 
@@ -164,9 +171,21 @@ def _tokens(recipe: Recipe, run: RunDirectory, section: str) -> int:
     return tokens
 
 
+def _content(run: RunDirectory) -> str:
+    """Digest of all token ids and labels: an example's id is of its text alone."""
+    table = run.read_table(TRAIN_FILE, columns=["input_ids", "labels"])
+    content = hashlib.sha256()
+    for column in table.columns:
+        for numbers in (pc.list_value_length(column), pc.list_flatten(column)):
+            for chunk in numbers.chunks:
+                content.update(chunk.to_numpy())
+    return content.hexdigest()
+
+
 def _plan(
     recipe: Recipe,
     run: RunDirectory,
+    content: str,
     name: str,
     section: Literal["warmup", "experts"],
     settings: TrainingSection,
@@ -188,7 +207,7 @@ def _plan(
         "settings": settings.model_dump(mode="json", exclude=NOT_IN_KEY),
         "cluster": cluster,
         "steps": digest_of(steps),
-        "examples": [table["id"].to_pylist(), heldout["id"].to_pylist()],
+        "examples": [table["id"].to_pylist(), heldout["id"].to_pylist(), content],
         "cosine": cosine,
         "start": origin,
     }

@@ -71,21 +71,21 @@ def single_lora_settings(
     section: SingleLoraSection,
     warmup: WarmupSection,
     experts: ExpertsSection,
-    warmup_tokens: int,
+    generalist_tokens: int,
     expert_tokens: int,
 ) -> TrainingSection:
     """The baseline's settings: as many tokens as made the experts, the generalist's among them where they continue it.
 
     Args:
         section: the recipe's `single_lora`.
-        warmup: the generalist's resolved settings.
+        warmup: the recipe's.
         experts: the experts' resolved settings.
-        warmup_tokens: of one pass over the generalist's examples.
+        generalist_tokens: that the generalist was trained on.
         expert_tokens: of one pass over the experts' examples, which are the baseline's.
     """
     epochs = experts.epochs
     if section.start == "fresh" and experts.start == "generalist":
-        epochs += warmup.epochs * warmup_tokens / expert_tokens
+        epochs += generalist_tokens / expert_tokens
     size = section.examples_per_step or experts.examples_per_step
     changes = {
         "epochs": epochs,

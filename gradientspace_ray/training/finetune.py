@@ -41,6 +41,7 @@ def finetune(
     seed: Sequence[int],
     cosine: tuple[float, float] = WHOLE_COSINE,
     moments: AdamMoments | None = None,
+    continued: bool = False,
     worker: Worker = ALONE,
     state: TrainingState | None = None,
     on_step: Callable[[Step, float | None], None] | None = None,
@@ -58,6 +59,7 @@ def finetune(
         seed: decides the order of the examples.
         cosine: see `learning_rate`.
         moments: of the finetune that this one continues.
+        continued: by another one, which begins with the moments of the weights that are kept.
         worker: this one.
         state: where an earlier try stood; None begins.
         on_step: called after every step, with the held-out loss where it was taken.
@@ -70,14 +72,16 @@ def finetune(
     """
     lengths = [len(input_ids) for input_ids, _ in data.train]
     steps = plan_steps(len(lengths), settings.examples_per_step, settings.epochs, seed, lengths)
-    losses, found, best = (list(state.losses), list(state.heldout), state.best) if state else ([], [], None)
+    losses, found = (list(state.losses), list(state.heldout)) if state else ([], [])
+    best, best_moments = (state.best, state.best_moments) if state else (None, None)
     if earlier := state.moments if state else moments:
         engine.restore(earlier)
     started = time.monotonic() - (state.seconds if state else 0.0)
 
     def current() -> TrainingState:
         seconds = time.monotonic() - started
-        return TrainingState(tuple(losses), tuple(found), seconds, engine.weights(), engine.moments(), best)
+        weights, moments = engine.weights(), engine.moments()
+        return TrainingState(tuple(losses), tuple(found), seconds, weights, moments, best, best_moments)
 
     for step in train(
         engine,
@@ -97,7 +101,7 @@ def finetune(
         if data.heldout and (is_last or step.number % settings.evaluate_every == 0):
             loss = heldout_loss(engine, data.heldout, settings.tokens_per_batch, worker)
             if not found or loss < min(earlier for _, earlier in found):
-                best = engine.weights()
+                best, best_moments = engine.weights(), engine.moments() if continued else None
             found.append((step.number, loss))
         if on_step:
             on_step(step, loss)

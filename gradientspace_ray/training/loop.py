@@ -72,7 +72,7 @@ def train(
             amidst the steps draws the same.
 
     Raises:
-        TrainingError: the loss of a step is not finite, or it has no labels; its update is not made.
+        TrainingError: the loss of a step or its gradient is not finite, or it has no labels.
     """
     lengths = [len(input_ids) for input_ids, _ in examples]
     label_tokens = [_label_count(labels) for _, labels in examples]
@@ -94,6 +94,12 @@ def train(
                 "give a lower learning_rate"
             )
         norm = engine.step()
+        # DeepSpeed passes over such an update and goes on.
+        if norm is not None and not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient is {norm} at step {index + 1} of {len(steps)} (learning rate {rate:.2g}); "
+                "give a lower learning_rate"
+            )
         yield Step(index + 1, len(steps), loss, rate, norm, sum(lengths[i] for i in steps[index]))
 
 

@@ -47,26 +47,28 @@ def lora_rate(width: int, examples_per_step: int) -> float:
     """A learning rate for adapters of a model that nobody has tuned: less for wider ones, and for smaller steps.
 
     The rate is one measured on a small model, carried to other widths by the exponent that "LoRA Without Regret"
-    (Schulman et al., 2025) led to for Llama models. Other families may depend on the width less. Larger steps than
-    those measured do not raise it, because adapters tolerate them less than whole models do (ibid.).
+    (Schulman et al., 2025) led to for Llama models. Other families may depend on the width less.
 
     Args:
         width: numbers in a hidden state.
         examples_per_step: examples in a step.
     """
     rate = MEASURED_RATE * (MEASURED_WIDTH / width) ** WIDTH_EXPONENT
-    return scaled_rate(rate, MEASURED_STEP, min(examples_per_step, MEASURED_STEP))
+    return scaled_rate(rate, MEASURED_STEP, examples_per_step)
 
 
 def scaled_rate(rate: float, step_examples: int, examples: int) -> float:
     """Adam's learning rate for steps of another size: times the root of the ratio (Malladi et al., arXiv 2205.10287).
+
+    Steps above `MEASURED_STEP` count as that: adapters tolerate large ones less than whole models do ("LoRA Without
+    Regret", Schulman et al., 2025), so that they do not raise the rate.
 
     Args:
         rate: for steps of `step_examples`.
         step_examples: examples in a step.
         examples: in a step of the other size.
     """
-    return rate * math.sqrt(examples / step_examples)
+    return rate * math.sqrt(min(examples, MEASURED_STEP) / min(step_examples, MEASURED_STEP))
 
 
 def plan_steps(
