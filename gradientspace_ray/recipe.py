@@ -80,7 +80,7 @@ class TrainingSection(Section):
     """Passes over the examples; see `budget` for tokens instead."""
     learning_rate: Rate | None = None
     """Peak of the cosine. Null: by the model's width for the generalist (2e-3 for 135M parameters, 4e-4 for 8B, at 8
-    examples a step or more), and the generalist's for the experts, by the root of how much larger their steps are."""
+    examples a step), and for the experts the generalist's times the root of the steps' ratio; above 8 is 8."""
     examples_per_step: Positive = 8
     """Examples in one optimizer step, over all workers."""
     warmup_share: Share = 0.1
@@ -157,7 +157,7 @@ class SingleLoraSection(Section):
     start: Literal["generalist", "fresh"] = "fresh"
     """A fresh adapter in one piece, for the tokens of both; or the generalist, for those of the experts."""
     learning_rate: Rate | None = None
-    """Null: the generalist's, by the root of how much larger a step is, as for the experts."""
+    """Null: the generalist's, times the root of the steps' ratio, as for the experts."""
     examples_per_step: Positive | None = None
     """Null: the experts'."""
 

@@ -318,6 +318,8 @@ def _diverge(rank, messages):
             finetune(Exploding(segmented_model(), settings, torch.float32), DATA, settings, seed=SEED)
         except TrainingError as error:
             messages.put((zero_stage, str(error)))
+        else:
+            messages.put((zero_stage, "it went on"))
     torch.distributed.destroy_process_group()
 
 

@@ -354,7 +354,7 @@ def test_patience_and_the_best_are_those_of_a_loop_that_counts(heldout, patience
     examples = Data([([1, 2], [1, 2])], [([3, 4, 5], [3, 4, 5])])
     outcome = finetune(ScriptedEngine(heldout), examples, section, seed=[0])
     assert outcome.state.best_moments is None
-    outcome = finetune(ScriptedEngine(heldout), examples, section, seed=[0], continued=True)
+    outcome = finetune(ScriptedEngine(heldout), examples, section, seed=[0], keep_best_moments=True)
     assert (outcome.state.step, outcome.state.best_step) == (stop, best_step)
     assert (outcome.state.best_moments.step, outcome.state.moments.step) == (best_step, stop)
     assert outcome.state.best == {"steps": torch.tensor(float(best_step))}

@@ -135,12 +135,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_a_saved_one_goes
     [
         (
             {"warmup": {**WARMUP, "workers": 9, "examples_per_step": 9}},
-            "generalist: warmup.workers 9 need 9 CPUs, and this machine has 4; lower it or compute.cpus_per_worker, "
+            "warmup.workers 9 need 9 CPUs, and this machine has 4; lower it or compute.cpus_per_worker, "
+            "set compute.device, or join a cluster (RAY_ADDRESS)",
+        ),
+        (
+            {"experts": {**EXPERTS, "workers": 5, "examples_per_step": 5}},
+            "experts.workers 5 need 5 CPUs, and this machine has 4; lower it or compute.cpus_per_worker, "
             "set compute.device, or join a cluster (RAY_ADDRESS)",
         ),
         (
             {"compute": {"device": "cuda", "gpus_per_worker": 1}},
-            "generalist: warmup.workers 1 need 1 GPUs, and this machine has 0; lower it or compute.gpus_per_worker, "
+            "warmup.workers 1 need 1 GPUs, and this machine has 0; lower it or compute.gpus_per_worker, "
             "set compute.device, or join a cluster (RAY_ADDRESS)",
         ),
     ],

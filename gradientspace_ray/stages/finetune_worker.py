@@ -87,7 +87,7 @@ def examples_of(
 
     The generalist trains on nothing that an expert holds out, or the expert's loss there would be of what it knows. The
     single LoRA is measured against the experts, so it sees what they see: no outlier, whose cluster is -1. A cluster
-    that would be held out as a whole, being one group, is trained on as a whole.
+    that would be held out as a whole is trained on as a whole, by both.
 
     Args:
         recipe: its `heldout_share` of both sections counts.
@@ -103,17 +103,17 @@ def examples_of(
     most = max(recipe.warmup.heldout_share, recipe.experts.heldout_share) if section == "warmup" else share
     table = run.read_table(TRAIN_FILE, columns=list({"id", *columns, *(["split_key"] if most else [])}))
     own_N = np.ones(table.num_rows, dtype=bool)
+    position_N = np.ones(table.num_rows)
+    if most:
+        position_N = np.array([hashed_position(key, HELD_OUT) for key in table["split_key"].to_pylist()])
     if section == "experts":
         found = run.read_table(ASSIGNMENTS, columns=["id", "cluster"])
         places = pc.index_in(table["id"], value_set=found["id"].combine_chunks())
         clusters_N = pc.fill_null(pc.take(found["cluster"], places), -1).to_numpy()
         own_N = clusters_N >= 0 if cluster is None else clusters_N == cluster
-    position_N = np.ones(table.num_rows)
-    if most:
-        position_N = np.array([hashed_position(key, HELD_OUT) for key in table["split_key"].to_pylist()])
+        trained = np.unique(clusters_N[position_N >= share])
+        position_N[~np.isin(clusters_N, trained)] = 1
     trained_N = own_N & (position_N >= most)
-    if own_N.any() and not trained_N.any() and cluster is not None:
-        trained_N, position_N = own_N, np.ones(table.num_rows)
     if not trained_N.any():
         where = TRAIN_FILE if cluster is None else f"cluster {cluster} of {ASSIGNMENTS}"
         mend = "lower the heldout_share of warmup and experts" if own_N.any() else "run the stage that makes it again"
@@ -199,7 +199,7 @@ def _train_and_commit(recipe: Recipe, run: RunDirectory, plan: Finetune, board: 
             seed=[recipe.seed, ORDER_PURPOSE[plan.section]],
             cosine=plan.cosine,
             moments=moments,
-            continued=plan.section == "warmup",
+            keep_best_moments=plan.section == "warmup",
             worker=worker,
             state=state,
             must_leave=_must_leave,
@@ -247,7 +247,7 @@ class _Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._input_ids)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nobody slices
         return self._input_ids[index].as_py(), self._labels[index].as_py()
 
 

@@ -49,20 +49,45 @@ LAUNCHER_ENV = {
 }
 
 
+def check_room(recipe: Recipe, *sections: str) -> None:
+    """Refuse finetunes that a local Ray could only wait for.
+
+    Without RAY_ADDRESS Ray is this machine's alone, see `pipeline.connect`; other clusters may grow.
+
+    Args:
+        recipe: what a worker takes, and how many a finetune has.
+        sections: `warmup`, `experts`.
+
+    Raises:
+        TrainingError: this machine has not as much.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    here = ray.cluster_resources()
+    for section in sections:
+        workers: int = getattr(recipe, section).workers
+        for name, each in _worker_resources(recipe.compute).items():
+            if workers * each > here.get(name, 0.0):
+                raise TrainingError(
+                    f"{section}.workers {workers} need {workers * each:g} {name}s, and this machine has "
+                    f"{here.get(name, 0.0):g}; lower it or compute.{name.lower()}s_per_worker, set compute.device, or "
+                    "join a cluster (RAY_ADDRESS)"
+                )
+
+
 def train_missing(
     recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune], concurrent: int
 ) -> dict[str, checkpoints.Committed]:
     """Train every finetune whose adapter is not committed yet. Returns all of them, by name.
 
     Raises:
-        TrainingError: a finetune failed, and the others are committed; or this machine can hold none.
+        TrainingError: a finetune failed; the others are committed.
     """
     made = {finetune.name: committed(run, finetune) for finetune in finetunes}
     missing = [finetune for finetune in finetunes if made[finetune.name] is None]
     missing.sort(key=lambda finetune: finetune.tokens, reverse=True)
     kept = {finetune.checkpoints for finetune in missing}
     run.delete(FAILURES, *(folder for folder in _checkpoints(run, finetunes) if folder not in kept))
-    _check_room(recipe, missing)
     failures = _run_bounded(recipe, run, missing, concurrent) if missing else {}
     if failures:
         listed = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
@@ -109,22 +134,6 @@ def committed(run: RunDirectory, finetune: Finetune) -> checkpoints.Committed | 
 def _worker_resources(compute: ComputeSection) -> dict[str, float]:
     gpus = {"GPU": compute.gpus_per_worker} if compute.device == "cuda" else {}
     return {"CPU": compute.cpus_per_worker, **gpus}
-
-
-def _check_room(recipe: Recipe, finetunes: Sequence[Finetune]) -> None:
-    """Refuse what a local Ray could only wait for: other clusters may grow."""
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    here = ray.cluster_resources()
-    for finetune in finetunes:
-        for name, each in _worker_resources(recipe.compute).items():
-            needed = each * finetune.settings.workers
-            if needed > here.get(name, 0.0):
-                raise TrainingError(
-                    f"{finetune.name}: {finetune.section}.workers {finetune.settings.workers} need {needed:g} {name}s, "
-                    f"and this machine has {here.get(name, 0.0):g}; lower it or compute.{name.lower()}s_per_worker, "
-                    "set compute.device, or join a cluster (RAY_ADDRESS)"
-                )
 
 
 def _run_bounded(recipe: Recipe, run: RunDirectory, finetunes: Sequence[Finetune], concurrent: int) -> dict[str, str]:

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
@@ -19,11 +20,10 @@ from gradientspace_ray.stages.finetune_worker import (
     EVENTS,
     EXPERTS,
     ORDER_PURPOSE,
-    TRAIN_FILE,
     Finetune,
     examples_of,
 )
-from gradientspace_ray.stages.finetunes import train_missing
+from gradientspace_ray.stages.finetunes import check_room, train_missing
 from gradientspace_ray.training.budget import (
     TrainingSettings,
     cosine_of,
@@ -86,8 +86,9 @@ def warmup(recipe: Recipe, run: RunDirectory) -> Summary:
     """Train the generalist on the training split, but for what is held out, and commit it as `generalist/`.
 
     Raises:
-        TrainingError: the finetune failed.
+        TrainingError: the finetune failed, or this machine can hold no finetune, or no expert's.
     """
+    check_room(recipe, "warmup", "experts")
     finetune = plan_generalist(recipe, run)
     made = train_missing(recipe, run, [finetune], 1)[GENERALIST]
     record = made.record
@@ -106,8 +107,9 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
     What another recipe or clustering left there is removed.
 
     Raises:
-        TrainingError: a finetune failed; the others are committed.
+        TrainingError: a finetune failed, and the others are committed; or this machine can hold none.
     """
+    check_room(recipe, "experts")
     made = train_missing(recipe, run, plan_experts(recipe, run), recipe.experts.max_concurrent)
     folders = {adapter.folder for adapter in made.values()}
     for folder in [*(f"{EXPERTS}/{name}" for name in run.names(EXPERTS)), SINGLE_LORA]:
@@ -134,24 +136,23 @@ def experts(recipe: Recipe, run: RunDirectory) -> Summary:
 def plan_generalist(recipe: Recipe, run: RunDirectory) -> Finetune:
     """The warm-up's finetune."""
     settings = warmup_settings(recipe.warmup, recipe.budget, _tokens(recipe, run, "warmup"))
-    return _plan(recipe, run, _content(run), GENERALIST, "warmup", settings, (0.0, settings.cosine_share))
+    return _plan(recipe, run, GENERALIST, "warmup", settings, (0.0, settings.cosine_share))
 
 
 def plan_experts(recipe: Recipe, run: RunDirectory) -> list[Finetune]:
     """A finetune for each cluster, and the baseline's."""
     names = run.read_json(QUALITY)["names"]
-    tokens, content = _tokens(recipe, run, "experts"), _content(run)
+    tokens = _tokens(recipe, run, "experts")
     settings = experts_settings(recipe.experts, recipe.warmup, recipe.budget, tokens)
     cosine, origin = cosine_of(settings.start, recipe.warmup), _origin(run, settings.start)
     finetunes = [
-        _plan(recipe, run, content, name, "experts", settings, cosine, origin, cluster)
-        for cluster, name in enumerate(names)
+        _plan(recipe, run, name, "experts", settings, cosine, origin, cluster) for cluster, name in enumerate(names)
     ]
     if recipe.single_lora.train:
         shared = 0 if settings.start == "fresh" else run.read_json(f"{GENERALIST}/{RECORD_FILE}")["tokens"]
         baseline = single_lora_settings(recipe.single_lora, recipe.warmup, settings, shared, tokens)
         cosine, origin = cosine_of(recipe.single_lora.start, recipe.warmup), _origin(run, recipe.single_lora.start)
-        finetunes.append(_plan(recipe, run, content, SINGLE_LORA, "experts", baseline, cosine, origin))
+        finetunes.append(_plan(recipe, run, SINGLE_LORA, "experts", baseline, cosine, origin))
     return finetunes
 
 
@@ -171,21 +172,9 @@ def _tokens(recipe: Recipe, run: RunDirectory, section: str) -> int:
     return tokens
 
 
-def _content(run: RunDirectory) -> str:
-    """Digest of all token ids and labels: an example's id is of its text alone."""
-    table = run.read_table(TRAIN_FILE, columns=["input_ids", "labels"])
-    content = hashlib.sha256()
-    for column in table.columns:
-        for numbers in (pc.list_value_length(column), pc.list_flatten(column)):
-            for chunk in numbers.chunks:
-                content.update(chunk.to_numpy())
-    return content.hexdigest()
-
-
 def _plan(
     recipe: Recipe,
     run: RunDirectory,
-    content: str,
     name: str,
     section: Literal["warmup", "experts"],
     settings: TrainingSection,
@@ -193,7 +182,7 @@ def _plan(
     origin: list[str] | None = None,
     cluster: int | None = None,
 ) -> Finetune:
-    table, heldout = examples_of(recipe, run, section, cluster, ["id", "tokens"])
+    table, heldout = examples_of(recipe, run, section, cluster, ["id", "tokens", "input_ids", "labels"])
     if cluster is not None and isinstance(settings, ExpertsSection):
         settings = one_expert(settings, table.num_rows)
     tokens = table["tokens"].to_pylist()
@@ -207,7 +196,7 @@ def _plan(
         "settings": settings.model_dump(mode="json", exclude=NOT_IN_KEY),
         "cluster": cluster,
         "steps": digest_of(steps),
-        "examples": [table["id"].to_pylist(), heldout["id"].to_pylist(), content],
+        "examples": [[part["id"].to_pylist(), _content(part)] for part in (table, heldout)],
         "cosine": cosine,
         "start": origin,
     }
@@ -222,6 +211,16 @@ def _plan(
         tokens=sum(tokens[index] for step in steps for index in step),
         steps=len(steps),
     )
+
+
+def _content(table: pa.Table) -> str:
+    """Digest of the token ids and labels: an example's id is of its text alone."""
+    content = hashlib.sha256()
+    for column in (table["input_ids"], table["labels"]):
+        for numbers in (pc.list_value_length(column), pc.list_flatten(column)):
+            for chunk in numbers.chunks:
+                content.update(chunk.to_numpy())
+    return content.hexdigest()
 
 
 def _merge(recipe: Recipe, run: RunDirectory, adapters: list[Committed]) -> list[str]:

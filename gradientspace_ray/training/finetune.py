@@ -41,7 +41,7 @@ def finetune(
     seed: Sequence[int],
     cosine: tuple[float, float] = WHOLE_COSINE,
     moments: AdamMoments | None = None,
-    continued: bool = False,
+    keep_best_moments: bool = False,
     worker: Worker = ALONE,
     state: TrainingState | None = None,
     on_step: Callable[[Step, float | None], None] | None = None,
@@ -59,7 +59,7 @@ def finetune(
         seed: decides the order of the examples.
         cosine: see `learning_rate`.
         moments: of the finetune that this one continues.
-        continued: by another one, which begins with the moments of the weights that are kept.
+        keep_best_moments: beside the best weights, for another finetune to continue them.
         worker: this one.
         state: where an earlier try stood; None begins.
         on_step: called after every step, with the held-out loss where it was taken.
@@ -101,7 +101,7 @@ def finetune(
         if data.heldout and (is_last or step.number % settings.evaluate_every == 0):
             loss = heldout_loss(engine, data.heldout, settings.tokens_per_batch, worker)
             if not found or loss < min(earlier for _, earlier in found):
-                best, best_moments = engine.weights(), engine.moments() if continued else None
+                best, best_moments = engine.weights(), engine.moments() if keep_best_moments else None
             found.append((step.number, loss))
         if on_step:
             on_step(step, loss)

@@ -72,7 +72,7 @@ def train(
             amidst the steps draws the same.
 
     Raises:
-        TrainingError: the loss of a step or its gradient is not finite, or it has no labels.
+        TrainingError: the loss of a step is not finite, or its gradient as far as the engine says, or it has no labels.
     """
     lengths = [len(input_ids) for input_ids, _ in examples]
     label_tokens = [_label_count(labels) for _, labels in examples]

@@ -292,8 +292,9 @@ def _counts(runs: Sequence[dict[str, Any]]) -> list[int]:
 
 def show_speed(report: dict[str, Any], console: Console) -> None:
     """Tables of the results, and the sentences that they come down to."""
-    where = "{device}" if report["device"] == "cuda" else "{threads} threads"
-    title = f"{report['model']}, {report['dtype']}, {where.format(**report['machine'])}"
+    machine = report["machine"]
+    where = machine["device"] if report["device"] == "cuda" else f"{machine['threads']} threads"
+    title = f"{report['model']}, {report['dtype']}, {where}"
     if "speed" in report:
         console.print(_trainers_table(report, title))
         for name, reason in report["skipped"].items():

@@ -7,6 +7,7 @@ what libraries set up at their first call is not what a long training is made of
 The libraries are imported where a trainer needs them, because the imports are measured too.
 """
 
+import gc
 import json
 import logging
 import os
@@ -66,6 +67,8 @@ Build = Callable[[Any, Settings, Sequence[Sequence[Row]]], Train]
 
 def run(job: Job) -> dict[str, Any]:
     """Train with every candidate: seconds, tokens, losses and peak of this process, or of its memory on the GPU."""
+    # On several GPUs the others would put copies of the model, and see as many times the examples in a step.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     load, build = {OURS: ours, TRL: trl, TRANSFORMERS: transformers}[job.trainer](job)
     start = {"imports": time.time() - job.spawned}
     torch = import_module("torch")
@@ -75,9 +78,10 @@ def run(job: Job) -> dict[str, Any]:
     for settings in job.candidates:
         steps = steps_of(examples, job.examples_per_step, settings, job.steps)
         began = time.perf_counter()
-        model = load()
-        loaded = time.perf_counter()
+        model = train = None
         try:
+            model = load()
+            loaded = time.perf_counter()
             train = build(model, settings, [steps[0], *steps])
             built = time.perf_counter()
             start = {"model": loaded - began, "trainer": built - loaded} | start
@@ -85,10 +89,13 @@ def run(job: Job) -> dict[str, Any]:
         except (RuntimeError, ValueError) as error:
             runs.append({"settings": settings, "error": (str(error).splitlines() or [type(error).__name__])[0]})
             continue
+        finally:
+            # The trainers refer to themselves, and the next one needs their memory.
+            del model, train
+            gc.collect()
         seconds = trained.ends[-1] - trained.ends[0]
         tokens = sum(len(row["input_ids"]) for rows in steps for row in rows)
         runs.append({"settings": settings, "seconds": seconds, "tokens": tokens, "losses": trained.losses})
-        del model, train
     peak = torch.cuda.max_memory_allocated() if job.device == "cuda" else peak_bytes()
     return {"start": start, "runs": runs, "peak_bytes": peak}
 
