@@ -156,7 +156,12 @@ def _worker(rank, world_size, port, folder, jobs, device):
         if rank == 0:
             (folder / f"{target}.json").write_text(json.dumps(every))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    _leave()
+
+
+def _leave():
+    """End this process with what it has written, without the destructors of so many groups, which may abort."""
+    os._exit(0)
 
 
 def spawn(world_size, folder, jobs, device="cpu"):
@@ -320,7 +325,7 @@ def _diverge(rank, messages):
             messages.put((zero_stage, str(error)))
         else:
             messages.put((zero_stage, "it went on"))
-    torch.distributed.destroy_process_group()
+    _leave()
 
 
 @pytest.mark.slow
