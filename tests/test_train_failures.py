@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from test_train_stage import EXAMPLES, EXPERTS, WARMUP, on_ray, recipe_for, record, write_examples
@@ -106,6 +106,8 @@ def test_a_finetune_is_named_with_the_reason_of_the_worker_that_failed_first():
     assert reason(broken, dead, explained) == "out of memory; lower it"
     mend = "if memory ran out, lower experts.tokens_per_batch or experts.max_concurrent"
     assert reason(broken, dead) == f"a worker died (The actor died); {mend}"
+    killed = OutOfMemoryError("The memory monitor killed it")
+    assert reason(broken, killed) == f"a worker died (The memory monitor killed it); {mend}"
     assert reason(broken, ValueError("a bad value")) == "a bad value"
 
 
@@ -135,18 +137,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_a_saved_one_goes
     [
         (
             {"warmup": {**WARMUP, "workers": 9, "examples_per_step": 9}},
-            "warmup.workers 9 need 9 CPUs, and this machine has 4; lower it or compute.cpus_per_worker, "
-            "set compute.device, or join a cluster (RAY_ADDRESS)",
+            "warmup.workers 9 x compute.cpus_per_worker 1 is more than the 4 CPUs of this machine; lower one, "
+            "or join a cluster (RAY_ADDRESS)",
         ),
         (
             {"experts": {**EXPERTS, "workers": 5, "examples_per_step": 5}},
-            "experts.workers 5 need 5 CPUs, and this machine has 4; lower it or compute.cpus_per_worker, "
-            "set compute.device, or join a cluster (RAY_ADDRESS)",
+            "experts.workers 5 x compute.cpus_per_worker 1 is more than the 4 CPUs of this machine; lower one, "
+            "or join a cluster (RAY_ADDRESS)",
         ),
         (
             {"compute": {"device": "cuda", "gpus_per_worker": 1}},
-            "warmup.workers 1 need 1 GPUs, and this machine has 0; lower it or compute.gpus_per_worker, "
-            "set compute.device, or join a cluster (RAY_ADDRESS)",
+            "warmup.workers 1 x compute.gpus_per_worker 1 is more than the 0 GPUs of this machine; lower one, "
+            "set compute.device=cpu, or join a cluster (RAY_ADDRESS)",
         ),
     ],
 )

@@ -68,10 +68,11 @@ def check_room(recipe: Recipe, *sections: str) -> None:
         workers: int = getattr(recipe, section).workers
         for name, each in _worker_resources(recipe.compute).items():
             if workers * each > here.get(name, 0.0):
+                other = ", set compute.device=cpu" if name == "GPU" else ""
                 raise TrainingError(
-                    f"{section}.workers {workers} need {workers * each:g} {name}s, and this machine has "
-                    f"{here.get(name, 0.0):g}; lower it or compute.{name.lower()}s_per_worker, set compute.device, or "
-                    "join a cluster (RAY_ADDRESS)"
+                    f"{section}.workers {workers} x compute.{name.lower()}s_per_worker {each:g} is more than the "
+                    f"{here.get(name, 0.0):g} {name}s of this machine; lower one{other}, or join a cluster "
+                    "(RAY_ADDRESS)"
                 )
 
 

@@ -1,9 +1,9 @@
 """Where a finetune stands: what a checkpoint holds, so that one who goes on from it does what an undisturbed one does.
 
 A checkpoint is a folder of two files: `state.safetensors`, with the adapter, both moments of Adam and the best weights
-so far, with their moments where these are kept; and `state.json`, which is written last. The base
-model is never in it, nor is a worker's part: whole tensors fit any number of workers and any ZeRO stage. The learning
-rate, the order of the examples and the random numbers follow from the number of steps made; see `loop.train`.
+so far, with their moments where these are kept; and `state.json`, which is written last. The base model is never in it,
+nor is a worker's part: whole tensors fit any number of workers and any ZeRO stage. The learning rate, the order of the
+examples and the random numbers follow from the number of steps made; see `loop.train`.
 """
 
 import hashlib

@@ -28,7 +28,7 @@ from gradientspace_ray.training.schedule import plan_steps
 
 TUNING_STEPS = 3
 COMPARED_STEPS = 1 + TUNING_STEPS
-"""Losses of so many first steps are compared: rounding errors grow with every step."""
+"""Losses of so many first steps are compared; rounding errors grow with every step."""
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 """Nats: differences that rounding may make; larger ones are another loss."""
 NEEDS = {OURS: (), TRL: ("trl", "datasets"), TRANSFORMERS: ("accelerate",)}
