@@ -1,10 +1,13 @@
 """What the deployments say to each other: plain values, so that the ingress loads neither torch nor transformers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from gradientspace_ray.engine.contract import Piece, Sampling
 
 Message = dict[str, str]
 """`role` and `content`, as in a training example."""
+Reason = Literal["routed", "low_confidence", "out_of_distribution"]
 
 
 class RunChangedError(RuntimeError):
@@ -12,27 +15,51 @@ class RunChangedError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Content by its identity, and where its files are. Equal ids are equal content, wherever it is."""
+
+    id: str
+    """`name@digest` of an adapter, the digest of a router."""
+    run_uri: str
+    folder: str
+    """Relative to the run directory."""
+
+
+@dataclass(frozen=True)
+class RouteRequest:
+    """What the ingress asks of the router deployment."""
+
+    router: Place
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
 class Choice:
-    """What the router decided about a prompt."""
+    """What the router decided about a conversation."""
 
     expert: str | None
     """None is the generalist."""
     confidence: float
-    """Calibrated probability, 0 to 1."""
-    reason: Literal["routed", "low_confidence"]
+    """Calibrated probability of `best`, 0 to 1."""
+    reason: Reason
+    probabilities: dict[str, float] = field(default_factory=dict)
+    """Expert -> calibrated probability."""
+    second_best: str | None = None
+    """The most probable expert beside the one that answers; None where there is no other."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What the ingress asks of an expert; see `engine.sampling.Sampling` for the fields."""
+    """What the ingress asks of the experts: one prompt, one answer."""
 
-    messages: list[Message]
-    max_tokens: int | None
-    """None is as many as the server allows."""
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: tuple[str, ...]
+    prompt: list[Message] | str | list[int]
+    """A conversation to render, a text to continue as it is, or token ids."""
+    sampling: Sampling
+    """`max_tokens` 0 is as many as the server allows."""
+    adapter: Place | None
+    """None is the base model."""
+    prefetch: Place | None = None
+    """An adapter that may be asked for next: the router's second choice."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +78,4 @@ class Refused:
     param: str
 
 
-@dataclass(frozen=True)
-class Delta:
-    """The next part of an answer; `finish_reason` is set on the last."""
-
-    text: str
-    finish_reason: str | None
-    completion_tokens: int
-    """So far."""
+AnswerItem = Started | Refused | Piece
