@@ -1,4 +1,4 @@
-"""The command line: `gradientspace run | resume | status | serve | report | route`.
+"""The command line: `gradientspace run | resume | status | serve | release | report | route`.
 
 Commands import what they run when they run, so that `--help` and `status` answer at once; everything else in the
 package imports at the top.
@@ -151,6 +151,31 @@ def serve(
                     threading.Event().wait()
                 for prompt in ask or []:
                     _show_answer(url, prompt)
+
+
+@app.command()
+def release(
+    run_dir: Annotated[
+        str | None, typer.Argument(help="The run to publish, where the endpoint can read it: a folder or a URI.")
+    ] = None,
+    endpoint: Annotated[str, typer.Option(help="Address of the running endpoint.")] = "http://127.0.0.1:8000",
+    canary: Annotated[
+        str | None, typer.Option(help="Share of the conversations that it answers for now, as in 10%; default is all.")
+    ] = None,
+    promote: Annotated[bool, typer.Option("--promote", help="Let the canary answer everything.")] = False,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Withdraw the canary, or go back to the release before.")
+    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Only show which releases answer.")] = False,
+) -> None:
+    """Bring a run's experts and router into a running endpoint, or take them back. No request is lost.
+
+    The endpoint's admin key is read from GRADIENTSPACE_ADMIN_KEY.
+    """
+    from gradientspace_ray import release_client
+
+    request = release_client.request_of(run_dir, canary, promote, rollback, status)
+    console.print(release_client.table_of(release_client.ask(endpoint, *request)))
 
 
 @app.command()
