@@ -89,19 +89,18 @@ BAD = {
     f"keys: !!set {{{SECRET}}}": r"keys\[0\]: input should be a valid dictionary",
     f"keys: [{{name: a, {SECRET}: 1}}]": r"keys\[0\] \(a\): unknown key; valid: name, sha256, key, requests_per_minute",
     f"keyss: [{{name: a, key: {SECRET}}}]": r"yaml: unknown key keyss; did you mean keys\?",
-    f"keys: [{{name: a, key: {SECRET}, request_per_minute: 3}}]": r"\(a\): unknown key request_per_minute; did you mean "
-    r"requests_per_minute\?",
+    f"keys: [{{name: a, key: {SECRET}, request_per_minute: 3}}]": r"unknown key request_per_minute; did you mean requests_p",
     f"keys: [{{key: {SECRET}}}]": r"keys\[0\]: name is missing",
     "keys: [{name: a}]": r"keys\[0\] \(a\): give exactly one of key and sha256",
     f"keys: [{{name: a, key: {SECRET}, sha256: {DIGEST}}}]": r"keys\[0\] \(a\): give exactly one of key and sha256",
     f"keys: [{{name: a, sha256: {SECRET}}}]": r"\(a\), sha256: not the 64 hex digits .* sha256sum",
     f"keys: [{{name: a, sha256: {DIGEST}0}}]": r"\(a\), sha256: not the 64 hex digits",
     "keys: [{name: a, key: 1234567890123456}]": r"\(a\), key: input should be a valid string",
-    f'keys: [{{name: a, key: "{SECRET} x"}}]': r"\(a\), key: a key is made of printable ASCII characters without spaces",
+    f'keys: [{{name: a, key: "{SECRET} x"}}]': r"\(a\), key: a key is made of printable ASCII",
     f'keys: [{{name: "", key: {SECRET}}}]': r"keys\[0\], name: string should match",
     f'keys: [{{name: "{SECRET}\\n", key: x}}]': r"keys\[0\], name: string should match",
-    f"keys: [{{name: a, key: {SECRET}, requests_per_minute: 0}}]": r"\(a\), requests_per_minute: input should be greater",
-    f"admin: [{{name: a, key: {SECRET}, concurrent_requests: x}}]": r"admin\[0\] \(a\), concurrent_requests: input should",
+    f"keys: [{{name: a, key: {SECRET}, requests_per_minute: 0}}]": r"\(a\), requests_per_minute: input should be",
+    f"admin: [{{name: a, key: {SECRET}, concurrent_requests: x}}]": r"admin\[0\] \(a\), concurrent_requests: inp",
     f"keys: [{{name: a, key: {SECRET}}}, {{name: a, key: x{SECRET}}}]": r"two keys are called a; rename one",
     f"keys: [{{name: a, key: {SECRET}}}]\nadmin: [{{name: b, key: {SECRET}}}]": r"a and b have the same key; replace",
 }
@@ -139,12 +138,13 @@ def test_a_missing_or_binary_file(tmp_path):
 def test_any_content_is_read_or_refused_in_one_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(content))
+    problem = ""
     try:
         keys = read_keys(path, environment={})
-    except KeyFileError as error:
-        assert len(str(error).splitlines()) == 1
-    else:
         assert keys.clients or keys.admins
+    except KeyFileError as error:
+        problem = str(error)
+    assert len(problem.splitlines()) <= 1
 
 
 def test_open_files_and_short_keys_are_warned_about(tmp_path, caplog):
