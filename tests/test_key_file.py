@@ -55,7 +55,10 @@ def test_the_environment():
     assert not read_keys(environment={"GRADIENTSPACE_API_KEY": " "}).required
     one = read_keys(environment={"GRADIENTSPACE_API_KEY": LONG})
     assert one.clients == (Key("GRADIENTSPACE_API_KEY", digest_of(LONG)),)
-    several = read_keys(variable="MINE", environment={"MINE": f"{LONG} , sk-another-0123456789", "OTHER": "x"})
+    admin = read_keys(environment={"GRADIENTSPACE_ADMIN_KEY": LONG})
+    assert admin.admins == (Key("GRADIENTSPACE_ADMIN_KEY", digest_of(LONG)),)
+    assert read_keys(admin_variable="MINE", environment={"MINE": LONG}).admins[0].name == "MINE"
+    several = read_keys(client_variable="MINE", environment={"MINE": f"{LONG} , sk-another-0123456789", "OTHER": "x"})
     assert several.clients == (Key("MINE:1", digest_of(LONG)), Key("MINE:2", digest_of("sk-another-0123456789")))
 
 
@@ -70,9 +73,15 @@ def test_a_file_and_the_environment_add_up(tmp_path):
 
 def test_a_variable_that_is_named_must_be_set():
     with pytest.raises(KeyFileError, match="variable MINE is not set"):
-        read_keys(variable="MINE", environment={"GRADIENTSPACE_API_KEY": LONG})
-    with pytest.raises(KeyFileError, match=r"MINE:2: a key is made of printable ASCII"):
-        read_keys(variable="MINE", environment={"MINE": f"{LONG},,"})
+        read_keys(client_variable="MINE", environment={"GRADIENTSPACE_API_KEY": LONG})
+    with pytest.raises(KeyFileError, match="variable MINE is not set"):
+        read_keys(admin_variable="MINE", environment={"GRADIENTSPACE_ADMIN_KEY": LONG})
+    with pytest.raises(
+        KeyFileError, match=r"API keys: GRADIENTSPACE_API_KEY and GRADIENTSPACE_ADMIN_KEY have the same"
+    ):
+        read_keys(environment={"GRADIENTSPACE_API_KEY": LONG, "GRADIENTSPACE_ADMIN_KEY": LONG})
+    with pytest.raises(KeyFileError, match=r"MINE:2: a key is printable ASCII"):
+        read_keys(client_variable="MINE", environment={"MINE": f"{LONG},,"})
 
 
 SECRET = "sk-secret-0123456789"
@@ -89,7 +98,7 @@ BAD = {
     f"keys: !!set {{{SECRET}}}": r"keys\[0\]: input should be a valid dictionary",
     f"keys: [{{name: a, {SECRET}: 1}}]": r"keys\[0\] \(a\): unknown key; valid: name, sha256, key, requests_per_minute",
     f"keyss: [{{name: a, key: {SECRET}}}]": r"yaml: unknown key keyss; did you mean keys\?",
-    f"keys: [{{name: a, key: {SECRET}, request_per_minute: 3}}]": r"unknown key request_per_minute; did you mean requests_p",
+    f"keys: [{{name: a, key: {SECRET}, request_per_minute: 3}}]": r"\(a\): unknown key request_per_minute; did you",
     f"keys: [{{key: {SECRET}}}]": r"keys\[0\]: name is missing",
     "keys: [{name: a}]": r"keys\[0\] \(a\): give exactly one of key and sha256",
     f"keys: [{{name: a, key: {SECRET}, sha256: {DIGEST}}}]": r"keys\[0\] \(a\): give exactly one of key and sha256",

@@ -212,7 +212,8 @@ def test_places_come_back_from_errors_cancellations_and_answers_that_never_began
             assert admission.requests == 1
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert admission.requests == 0
     never_began = answer(admission.admit(BOB))
     assert admission.requests == 1

@@ -1,4 +1,4 @@
-"""Reading an endpoint's API keys: a YAML or JSON file, an environment variable, or both.
+"""Reading an endpoint's API keys: a YAML or JSON file, environment variables, or both.
 
     keys:
       - name: alice
@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from gradientspace_ray.serving.keys import Key, Keys, sha256_of
 
 API_KEY_ENV = "GRADIENTSPACE_API_KEY"
+ADMIN_KEY_ENV = "GRADIENTSPACE_ADMIN_KEY"
 SHORTEST_KEY = 16
 NAME = r"[A-Za-z0-9_.:@-]{1,64}"
 Positive = Annotated[int, Field(ge=1)]
@@ -85,48 +86,49 @@ class KeyFile(BaseModel):
 
 
 def read_keys(
-    file: str | Path | None = None, variable: str | None = None, environment: Mapping[str, str] = os.environ
+    file: str | Path | None = None,
+    client_variable: str | None = None,
+    admin_variable: str | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> Keys:
-    """The keys of an endpoint; without any, it asks for none.
+    """The keys of an endpoint; without any of a client, it asks for none.
 
     Args:
         file: YAML or JSON; None is no file.
-        variable: environment variable with one key or several, separated by commas; it must be set. None takes
-            GRADIENTSPACE_API_KEY if it is set.
+        client_variable: environment variable with one key of clients or several, separated by commas; it must be set.
+            None takes GRADIENTSPACE_API_KEY if it is set.
+        admin_variable: the same for the admin routes, and GRADIENTSPACE_ADMIN_KEY.
         environment: where variables are.
 
     Raises:
         KeyFileError: a key cannot be used, a key or its name is there twice, or the file lists no key.
     """
-    clients = list(_from_environment(variable, environment))
-    admins: list[Key] = []
+    clients = _from_environment(client_variable, API_KEY_ENV, environment)
+    admins = _from_environment(admin_variable, ADMIN_KEY_ENV, environment)
     if file is not None:
         listed = _read_file(Path(file))
         clients += [entry.as_key() for entry in listed.keys]
-        admins = [entry.as_key() for entry in listed.admin]
-    _refuse_duplicates([*clients, *admins], f"{file}" if file is not None else variable or API_KEY_ENV)
+        admins += [entry.as_key() for entry in listed.admin]
+    _refuse_duplicates([*clients, *admins], "API keys" if file is None else str(file))
     return Keys(tuple(clients), tuple(admins))
 
 
-def _from_environment(variable: str | None, environment: Mapping[str, str]) -> Sequence[Key]:
-    value = environment.get(variable or API_KEY_ENV, "")
+def _from_environment(named: str | None, usual: str, environment: Mapping[str, str]) -> list[Key]:
+    variable = named or usual
+    value = environment.get(variable, "")
     if not value.strip():
-        if variable is not None:
+        if named is not None:
             raise KeyFileError(f"the environment variable {variable} is not set; put the API key there")
-        return ()
-    keys = [key.strip() for key in value.split(",")]
-    names = (
-        [variable or API_KEY_ENV]
-        if len(keys) == 1
-        else [f"{variable or API_KEY_ENV}:{i + 1}" for i in range(len(keys))]
-    )
-    for name, key in zip(names, keys, strict=True):
-        if not _can_be_sent(key):
-            raise KeyFileError(
-                f"{name}: a key is made of printable ASCII characters without spaces, with commas between"
-            )
-        _warn_if_short(key, name)
-    return [Key(name, sha256_of(key)) for name, key in zip(names, keys, strict=True)]
+        return []
+    texts = [text.strip() for text in value.split(",")]
+    keys = []
+    for number, text in enumerate(texts, start=1):
+        name = variable if len(texts) == 1 else f"{variable}:{number}"
+        if not _can_be_sent(text):
+            raise KeyFileError(f"{name}: a key is printable ASCII without spaces; put commas between keys")
+        _warn_if_short(text, name)
+        keys.append(Key(name, sha256_of(text)))
+    return keys
 
 
 def _read_file(path: Path) -> KeyFile:
