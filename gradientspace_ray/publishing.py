@@ -28,8 +28,8 @@ from gradientspace_ray.releases import FOLDER, Release, ReleaseError, Releases, 
 from gradientspace_ray.run import MissingFileError, RunDirectory, RunError
 
 
-def publish_run(served: RunDirectory, state: Releases, run_uri: str, canary_share: float | None = None) -> Releases:
-    """Bring what a run made into a running endpoint: check it, copy it, and commit the change.
+def stage_run(served: RunDirectory, state: Releases, run_uri: str, canary_share: float | None = None) -> Releases:
+    """Check and copy what a run made, beside what is served; `releases.commit` makes it known.
 
     Args:
         served: the run directory that the endpoint was started with.
@@ -38,12 +38,11 @@ def publish_run(served: RunDirectory, state: Releases, run_uri: str, canary_shar
         canary_share: see `publish`.
 
     Returns:
-        The releases as committed.
+        The releases with the run's among them, not committed.
 
     Raises:
-        ReleaseError: see `publish` and `inspect_release`; or an adapter does not fit the endpoint's slots; or another
-            change was committed first (`ReleaseConflictError`).
-        OSError: the run directory that is served cannot be written.
+        ReleaseError: see `publish` and `inspect_release`; or an adapter does not fit the endpoint's slots.
+        OSError: the run directory cannot be written.
     """
     if "://" not in run_uri and not Path(run_uri).is_absolute():
         raise ReleaseError(f"{run_uri}: give the run directory as an absolute path or a URI")
@@ -56,7 +55,17 @@ def publish_run(served: RunDirectory, state: Releases, run_uri: str, canary_shar
         lost = f"what is served, release {state.current.id}, is no longer there ({error})"
         raise ReleaseError(f"{lost}; {mend}") from error
     kept = keep(served, source, release, _slots(served, state.began))
-    return commit(served, state, publish(state.model_copy(update={"current": current}), kept, canary_share))
+    return publish(state.model_copy(update={"current": current}), kept, canary_share)
+
+
+def publish_run(served: RunDirectory, state: Releases, run_uri: str, canary_share: float | None = None) -> Releases:
+    """`stage_run` and `releases.commit` in one. Returns the releases as committed.
+
+    Raises:
+        ReleaseError: see `stage_run`; or another change was committed first (`ReleaseConflictError`).
+        OSError: the run directory cannot be written.
+    """
+    return commit(served, state, stage_run(served, state, run_uri, canary_share))
 
 
 def inspect_release(run_uri: str) -> Release:

@@ -2,30 +2,30 @@
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.schema import DeploymentStatus
 
 from gradientspace_ray.registry import REGISTRY, Registry, read_registry
+from gradientspace_ray.releases import load_or_begin
 from gradientspace_ray.run import RunDirectory, RunError
+from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.experts import Experts
-from gradientspace_ray.serving.ingress import MAX_ONGOING_REQUESTS, Ingress
+from gradientspace_ray.serving.ingress import Ingress
+from gradientspace_ray.serving.key_file import read_keys
 from gradientspace_ray.serving.router import MAX_ONGOING_PROMPTS, PromptRouter
 
 APPLICATION = "gradientspace"
-API_KEY_ENV = "GRADIENTSPACE_API_KEY"
 ANSWER_TIMEOUT_S = 30.0
 # Small, so that an endpoint with one replica of everything fits two CPUs.
 INGRESS_CPUS, ROUTER_CPUS = 0.1, 0.2
@@ -34,42 +34,6 @@ REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 # Serve has a message for a deployment that only takes long, too.
 FAILED = (DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY)
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
-Positive = Annotated[int, Field(ge=1)]
-
-
-class ServeArguments(BaseModel):
-    """Arguments of the application, from a config file's `args` or from the command line."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-    run_dir: str
-    """The run to serve: a local folder, or an `s3://` or `gs://` URI."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the experts compute."""
-    max_slots: Positive = 8
-    """Adapters that one replica of the experts holds at once."""
-    max_tokens: Positive = 2048
-    """Most tokens of one answer; requests for more are refused."""
-    min_replicas: Positive = 1
-    """Replicas of the experts; more than this, up to `max_replicas`, come with load."""
-    max_replicas: Positive = 1
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 4
-    """Requests per replica that autoscaling aims at."""
-    max_ongoing_requests: Positive = 32
-    """Answers that one replica generates at once."""
-    max_queued_requests: Positive = 256
-    """Requests that wait for a replica; more get status 429."""
-    cpus_per_replica: Annotated[float, Field(ge=0)] = 1
-    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
-    start_attempts: Positive = 3
-    """Failures in a row to start the first replica of a deployment before the endpoint gives up."""
-    api_key_env: str | None = None
-    """Environment variable with the key that clients must send; null takes GRADIENTSPACE_API_KEY if it is set."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ServeArguments":
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
-        return self
 
 
 def build(arguments: ServeArguments) -> Application:
@@ -77,39 +41,61 @@ def build(arguments: ServeArguments) -> Application:
 
     Raises:
         RunError: there is nothing to serve in the run directory.
-        ValueError: the API key's variable is not set.
+        ReleaseError: its `releases.json` is damaged.
+        KeyFileError: the API keys cannot be used.
     """
-    run = RunDirectory(arguments.run_dir)
-    registry = _read_run(run)
-    scaling: dict[str, Any] = {"num_replicas": arguments.min_replicas}
-    if arguments.max_replicas > arguments.min_replicas:
-        scaling = {
-            "num_replicas": "auto",
-            "autoscaling_config": {
-                "min_replicas": arguments.min_replicas,
-                "max_replicas": arguments.max_replicas,
-                "target_ongoing_requests": arguments.target_ongoing_requests,
-            },
-        }
-    attempts = arguments.start_attempts
-    experts = serve.deployment(
-        max_constructor_retry_count=attempts,
+    arguments = arguments.model_copy(update={"run_dir": RunDirectory(arguments.run_dir).uri})
+    registry = _read_run(arguments.run_dir)
+    keys = read_keys(arguments.keys_file, arguments.api_key_env, arguments.admin_key_env)
+    experts = _deployment(
+        arguments,
+        _replicas(arguments),
         ray_actor_options={"num_cpus": arguments.cpus_per_replica, "num_gpus": arguments.gpus_per_replica},
         max_ongoing_requests=arguments.max_ongoing_requests,
         max_queued_requests=arguments.max_queued_requests,
-        **scaling,
-    )(Experts).bind(run.uri, registry, arguments.device, arguments.max_slots, arguments.max_tokens)
-    router = serve.deployment(
-        max_constructor_retry_count=attempts,
+        max_surge_percent=arguments.max_surge_percent,
+    )(Experts).bind(registry, arguments)
+    router = _deployment(
+        arguments,
+        {"num_replicas": arguments.router_replicas},
         ray_actor_options={"num_cpus": ROUTER_CPUS},
+        max_surge_percent=100,
         max_ongoing_requests=MAX_ONGOING_PROMPTS,
-    )(PromptRouter).bind(run.uri, registry)
-    ingress = serve.deployment(
-        max_constructor_retry_count=attempts,
+    )(PromptRouter).bind(arguments.run_dir, registry)
+    ingress = _deployment(
+        arguments,
+        {"num_replicas": arguments.ingress_replicas},
         ray_actor_options={"num_cpus": INGRESS_CPUS},
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_surge_percent=100,
+        # Refused in OpenAI's shape by the ingress itself, before Serve would.
+        max_ongoing_requests=2 * arguments.max_requests,
     )(Ingress)
-    return ingress.bind(registry, router, experts, _api_key_sha256(arguments.api_key_env))
+    return ingress.bind(registry, router, experts, keys, arguments)
+
+
+def _deployment(arguments: ServeArguments, replicas: dict[str, Any], **options: Any) -> Callable[..., Any]:
+    return serve.deployment(
+        max_constructor_retry_count=arguments.start_attempts,
+        graceful_shutdown_timeout_s=arguments.shutdown_timeout_s,
+        **replicas,
+        **options,
+    )
+
+
+def _replicas(arguments: ServeArguments) -> dict[str, Any]:
+    """How many replicas of the experts there are."""
+    if arguments.max_replicas == arguments.min_replicas:
+        return {"num_replicas": arguments.min_replicas}
+    return {
+        "num_replicas": "auto",
+        "autoscaling_config": {
+            "min_replicas": arguments.min_replicas,
+            "max_replicas": arguments.max_replicas,
+            "target_ongoing_requests": arguments.target_ongoing_requests,
+            "upscale_delay_s": arguments.upscale_delay_s,
+            "downscale_delay_s": arguments.downscale_delay_s,
+        },
+    }
 
 
 def check_device(device: str) -> None:
@@ -195,13 +181,15 @@ def base_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _read_run(run: RunDirectory) -> Registry:
+def _read_run(uri: str) -> Registry:
+    run = RunDirectory(uri)
     if not run.exists():
         raise RunError(f"{run.uri}: no such run directory; make one with: gradientspace run quickstart")
     if not run.exists(REGISTRY):
         raise RunError(f"{run.uri}: {REGISTRY} is missing, the run has no router yet; {_finish(run)}")
     registry = read_registry(run)
-    folders = [registry.router, registry.generalist.folder, *(expert.folder for expert in registry.experts)]
+    current = load_or_begin(run, registry).current.registry
+    folders = [current.router, *(adapter.folder for adapter in current.adapters)]
     missing = [folder for folder in folders if not run.exists(folder)]
     if missing:
         raise RunError(f"{run.uri}: {missing[0]} is missing; {_finish(run)}")
@@ -210,14 +198,6 @@ def _read_run(run: RunDirectory) -> Registry:
 
 def _finish(run: RunDirectory) -> str:
     return f"finish the run with: gradientspace run {run.path('recipe.yaml')} --run-dir {run.uri}"
-
-
-def _api_key_sha256(variable: str | None) -> str | None:
-    """Digest of the key, so that the key itself is not kept in Serve's state."""
-    key = os.environ.get(variable or API_KEY_ENV, "")
-    if variable and not key:
-        raise ValueError(f"api_key_env: the environment variable {variable} is not set")
-    return hashlib.sha256(key.encode()).hexdigest() if key else None
 
 
 @contextlib.contextmanager

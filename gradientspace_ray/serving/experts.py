@@ -3,18 +3,33 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
+from typing import cast
 
 import torch
 from ray import serve
 
-from gradientspace_ray.engine.sampling import Sampling
-from gradientspace_ray.engine.scheduler import Engine, PromptTooLongError
-from gradientspace_ray.engine.slots import AdapterFiles, Slots
+from gradientspace_ray.engine.adapters import AdapterFiles, HostCache
+from gradientspace_ray.engine.scheduler import Engine, PromptTooLongError, UnknownTokenError
+from gradientspace_ray.engine.slots import Slots
 from gradientspace_ray.examples.rendering import Renderer, RenderingError
 from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
-from gradientspace_ray.registry import Adapter, Registry, adapter_digest
+from gradientspace_ray.registry import Registry, adapter_digest
+from gradientspace_ray.releases import load_or_begin
 from gradientspace_ray.run import RunDirectory, RunError
-from gradientspace_ray.serving.messages import Delta, Generation, Refused, RunChangedError, Started
+from gradientspace_ray.serving.arguments import ServeArguments
+from gradientspace_ray.serving.messages import (
+    AnswerItem,
+    Generation,
+    Message,
+    Place,
+    Refused,
+    RunChangedError,
+    Started,
+)
+from gradientspace_ray.serving.metrics import EngineMetrics
+
+# The current release, the one before and a canary, on a replica of eight slots.
+HOST_ADAPTERS_PER_SLOT = 3
 
 
 def verify(adapter: AdapterFiles) -> None:
@@ -31,7 +46,19 @@ def verify(adapter: AdapterFiles) -> None:
 
 
 def _changed(adapter_id: str, folder: str) -> RunChangedError:
-    return RunChangedError(f"{folder} no longer holds {adapter_id}; start the endpoint again")
+    return RunChangedError(f"{folder} no longer holds {adapter_id}; release the run again: gradientspace release RUN_DIR")
+
+
+def fetch(place: Place) -> AdapterFiles:
+    """An adapter's folder on this machine; a run in an object store is copied.
+
+    Raises:
+        RunChangedError: the folder is gone.
+    """
+    try:
+        return AdapterFiles(place.id, RunDirectory(place.run_uri).fetch(place.folder))
+    except (RunError, FileNotFoundError) as error:
+        raise _changed(place.id, place.folder) from error
 
 
 def _compute_dtype(registry: Registry, device: str) -> torch.dtype:
@@ -44,93 +71,140 @@ def _compute_dtype(registry: Registry, device: str) -> torch.dtype:
 
 
 class Experts:
-    """Generates with the adapter that the request's multiplexed model id names (`name@digest`; none is the base).
+    """Generates with the adapter that a request names; rows of different adapters share a forward pass.
 
     Serve's multiplexing only steers requests to a replica that holds the adapter: what it holds here is the adapter's
     folder. It evicts what is in use, so the weights belong to the engine's slots, which count their users.
     """
 
-    def __init__(self, run_uri: str, registry: Registry, device: str, max_slots: int, max_tokens: int) -> None:
-        """Load the base model.
+    def __init__(self, registry: Registry, arguments: ServeArguments) -> None:
+        """Load the base model, with slots of the shape of the generalist that is released now.
 
         Args:
-            run_uri: the run directory.
-            registry: what it held when the endpoint was started.
-            device: where the model computes.
-            max_slots: adapters in memory at once.
-            max_tokens: most tokens of one answer.
+            registry: what the run directory held when the endpoint was started.
+            arguments: of the application.
 
         Raises:
             ModelError: the base model or the generalist cannot be loaded.
-            RunChangedError: the run has another generalist by now, or none.
+            RunChangedError: the generalist is gone, or another one is in its place.
         """
-        run = RunDirectory(run_uri)
-
-        def files(adapter: Adapter) -> AdapterFiles:
-            try:
-                return AdapterFiles(adapter.id, run.fetch(adapter.folder))
-            except (RunError, FileNotFoundError) as error:
-                raise _changed(adapter.id, adapter.folder) from error
-
+        release = load_or_begin(RunDirectory(arguments.run_dir), registry).current
+        registry = release.registry
+        if arguments.device == "cpu":
+            torch.set_num_threads(max(1, int(arguments.cpus_per_replica)))
         tokenizer = load_tokenizer(registry.base_model)
-        model = load_base(registry.base_model, registry.dtype, device)
-        generalist = files(registry.generalist)
-        slots = Slots.like(model, generalist.folder, max_slots, verify)
+        model = load_base(registry.base_model, registry.dtype, arguments.device)
+        generalist = fetch(served_place(arguments.run_dir, registry.generalist))
+        slots = Slots.like(model, generalist.folder, arguments.max_slots)
         verify(generalist)
-        self._engine = Engine(model, tokenizer, slots, _compute_dtype(registry, device))
+        self._engine = Engine(
+            model,
+            tokenizer,
+            slots,
+            host=HostCache(HOST_ADAPTERS_PER_SLOT * arguments.max_slots, verify),
+            compute_dtype=_compute_dtype(registry, arguments.device),
+            max_rows=arguments.max_rows,
+            prefill_tokens=arguments.prefill_tokens,
+            cache_tokens=arguments.cache_tokens,
+            prefix_tokens=arguments.prefix_cache_tokens,
+        )
         self._renderer = Renderer(tokenizer)
-        self._max_tokens = max_tokens
+        self._tokenizer = tokenizer
+        self._metrics = EngineMetrics()
+        self._places: dict[str, Place] = {}
+        self._prefetches: set[asyncio.Task[None]] = set()
 
-        @serve.multiplexed(max_num_models_per_replica=max_slots)
+        @serve.multiplexed(max_num_models_per_replica=arguments.max_slots)
         async def hold(adapter_id: str) -> AdapterFiles:
-            adapter = registry.resolve(adapter_id)
-            if adapter is None:
-                raise ValueError(f"{adapter_id} is not an adapter")
-            return await asyncio.to_thread(files, adapter)
+            return await asyncio.to_thread(fetch, self._places[adapter_id])
 
         self._hold = hold
 
-    async def generate(self, request: Generation) -> AsyncIterator[Started | Refused | Delta]:
-        """One answer: `Started` and then deltas, or `Refused`. Closing the iterator ends the request.
+    async def generate(self, request: Generation) -> AsyncIterator[AnswerItem]:
+        """One answer: `Started` and then pieces, or `Refused`. Closing the iterator ends the request.
 
         Raises:
-            RunChangedError: the run no longer holds the adapter that the registry names.
+            RunChangedError: the run no longer holds the adapter.
             RuntimeError: the adapter cannot be loaded.
         """
-        adapter_id = serve.get_multiplexed_model_id()
-        adapter = await self._hold(adapter_id) if adapter_id else None
-        if request.max_tokens is not None and request.max_tokens > self._max_tokens:
-            message = f"this server answers with at most {self._max_tokens} tokens, {request.max_tokens} were asked for"
-            yield Refused(message, None, "max_tokens")
+        prompt_ids = self._prompt_ids(request)
+        if isinstance(prompt_ids, Refused):
+            yield prompt_ids
             return
-        try:
-            prompt_ids = self._renderer.prompt(request.messages)
-        except RenderingError as error:
-            yield Refused(str(error), None, "messages")
-            return
-        sampling = Sampling(
-            max_tokens=request.max_tokens or self._max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-            stop=request.stop,
-        )
-        try:
-            self._engine.check(prompt_ids)
-        except PromptTooLongError as error:
-            yield Refused(str(error), "context_length_exceeded", "messages")
-            return
+        adapter = await self._files(request.adapter)
+        if request.prefetch is not None:
+            self._prefetch(request.prefetch)
         yield Started(len(prompt_ids))
-        async with aclosing(self._engine.submit(prompt_ids, sampling, adapter)) as pieces:
+        async with aclosing(self._engine.submit(prompt_ids, request.sampling, adapter)) as pieces:
             try:
                 async for piece in pieces:
-                    yield Delta(piece.text, piece.finish_reason, piece.completion_tokens)
+                    yield piece
             except ModelError as error:
-                if adapter is not None:  # if the folder changed or went, say that instead
-                    await asyncio.to_thread(verify, adapter)
                 # A built-in error, or the ingress would import torch to read it.
                 raise RuntimeError(str(error)) from error
+            finally:
+                self._metrics.export(self._engine.statistics())
+
+    async def prepare(self, places: list[Place]) -> list[str]:
+        """Read adapters into host memory before a release names them.
+
+        Returns:
+            What is wrong with them, a line each; nothing when all can be served.
+        """
+        problems = []
+        for place in places:
+            try:
+                await asyncio.to_thread(self._read, place)
+            except (ModelError, RunChangedError) as error:
+                problems.append(str(error))
+        return problems
 
     async def leases(self) -> dict[str, int]:
         """Adapter -> number of requests that use it now, for every adapter in memory."""
         return self._engine.leases()
+
+    def check_health(self) -> None:
+        """Serve asks every ten seconds, and starts another replica where this raises.
+
+        Raises:
+            RuntimeError: the engine's thread has ended.
+        """
+        self._metrics.export(self._engine.statistics())
+        if not self._engine.healthy:
+            raise RuntimeError("the engine's thread has ended")
+
+    def _prompt_ids(self, request: Generation) -> list[int] | Refused:
+        try:
+            if isinstance(request.prompt, str):
+                prompt_ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
+            elif isinstance(request.prompt[0], int):
+                prompt_ids = cast(list[int], request.prompt)
+            else:
+                prompt_ids = self._renderer.prompt(cast(list[Message], request.prompt))
+        except RenderingError as error:
+            return Refused(str(error), None, "messages")
+        field = "messages" if isinstance(request.prompt, list) and isinstance(request.prompt[0], dict) else "prompt"
+        try:
+            self._engine.check(prompt_ids, request.sampling)
+        except PromptTooLongError as error:
+            return Refused(str(error), "context_length_exceeded", field)
+        except UnknownTokenError as error:
+            return Refused(str(error), "invalid_value", field)
+        return prompt_ids
+
+    async def _files(self, place: Place | None) -> AdapterFiles | None:
+        if place is None:
+            return None
+        self._places[place.id] = place
+        return await self._hold(place.id)
+
+    def _prefetch(self, place: Place) -> None:
+        """Have the router's second choice read while the first one answers."""
+
+        async def read() -> None:
+            with suppress(RunChangedError):  # said to whoever asks for it
+                await self._engine.prefetch(await asyncio.to_thread(fetch, place))
+
+        task = asyncio.create_task(read())
+        self._prefetches.add(task)
+        task.add_done_callback(self._prefetches.discard)

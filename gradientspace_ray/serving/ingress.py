@@ -1,68 +1,69 @@
-"""The ingress deployment: OpenAI's HTTP interface in front of the router and the experts."""
+"""The ingress deployment: OpenAI's HTTP interface in front of the router and the experts, and the admin's routes."""
 
-import hashlib
-import hmac
-import logging
+import asyncio
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from gradientspace_ray.registry import AUTO, BASE, Adapter, Registry, UnknownModelError
-from gradientspace_ray.serving.messages import Choice, Delta, Generation, Refused, RunChangedError, Started
-from gradientspace_ray.serving.openai_api import (
-    DONE,
-    Answer,
-    ApiError,
-    ChatRequest,
-    event,
-    model_object,
-    parse_chat_request,
-    server_error,
+from gradientspace_ray.publishing import stage_run
+from gradientspace_ray.registry import Registry
+from gradientspace_ray.releases import (
+    Listed,
+    Release,
+    ReleaseConflictError,
+    ReleaseError,
+    Releases,
+    commit,
+    listed,
+    promote,
+    roll_back,
 )
+from gradientspace_ray.serving import playground
+from gradientspace_ray.serving.api_errors import (
+    ApiError,
+    bad_request,
+    forbidden,
+    method_not_allowed,
+    rate_limited,
+    server_error,
+    too_large,
+    unauthorised,
+    unknown_model,
+    unknown_path,
+)
+from gradientspace_ray.serving.arguments import ServeArguments
+from gradientspace_ray.serving.board import ReleaseBoard
+from gradientspace_ray.serving.calls import CLIENT_LEFT, Call
+from gradientspace_ray.serving.exposition import CONTENT_TYPE, exposition
+from gradientspace_ray.serving.handling import EventStream, RequestHandler
+from gradientspace_ray.serving.keys import Admission, Key, Keys, TooManyError, UnauthorisedError, is_loopback
+from gradientspace_ray.serving.metrics import IngressMetrics
+from gradientspace_ray.serving.openai_answers import model_list, model_object
+from gradientspace_ray.serving.openai_parsing import parse_chat_request, parse_completion_request
+from gradientspace_ray.serving.openai_requests import SamplingParameters
+from gradientspace_ray.serving.openapi import openapi_document
 
-MAX_BODY_BYTES = 2**20
-MAX_ONGOING_REQUESTS = 1000
-STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-Answers = DeploymentResponseGenerator[Any]
-FAILURES = (RayError, RayServeException, RunChangedError)
-logger = logging.getLogger("ray.serve")
+ANNOUNCE_TIMEOUT_S, PREPARE_TIMEOUT_S = 30.0, 300.0
+GIVE_KEYS = "set GRADIENTSPACE_API_KEY or keys_file, or allow_anonymous: true"
+Who = TypeVar("Who")
 app = FastAPI(title="gradientspace", docs_url=None, redoc_url=None, openapi_url=None)
 
 
-@dataclass(frozen=True)
-class Route:
-    """Who answers a request, and why."""
+class PublishRequest(BaseModel):
+    """Body of POST /admin/releases."""
 
-    adapter: Adapter | None
-    """None is the base model."""
-    confidence: float
-    reason: str
-    """`routed`, `low_confidence` (the generalist answers) or `forced` (the request named the model)."""
-    router_ms: float
-
-    @property
-    def model(self) -> str:
-        """`name@digest`, or `base`."""
-        return self.adapter.id if self.adapter else BASE
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The decision, for the answer's headers."""
-        return {
-            "x-gradientspace-expert": self.adapter.name if self.adapter else BASE,
-            "x-gradientspace-confidence": f"{self.confidence:.4f}",
-            "x-gradientspace-reason": self.reason,
-            "x-gradientspace-router-ms": f"{self.router_ms:.1f}",
-        }
+    model_config = ConfigDict(extra="forbid", strict=True)
+    run_dir: str
+    canary_share: float | None = None
 
 
 @app.exception_handler(ApiError)
@@ -72,8 +73,12 @@ async def _explain(request: Request, error: ApiError) -> Response:
 
 @app.exception_handler(HTTPException)
 async def _explain_http(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {str(error.detail).lower()}"
-    return await _explain(request, ApiError(error.status_code, message, headers=error.headers))
+    if error.status_code == 404:
+        return await _explain(request, unknown_path(request.method, request.url.path))
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "").split(", ")
+        return await _explain(request, method_not_allowed(request.method, request.url.path, allowed))
+    return await _explain(request, ApiError(error.status_code, str(error.detail), headers=error.headers))
 
 
 @app.exception_handler(Exception)
@@ -81,198 +86,231 @@ async def _explain_failure(request: Request, error: Exception) -> Response:
     return await _explain(request, server_error())
 
 
-async def _read_body(request: Request) -> bytes:
-    too_large = ApiError(413, f"the body has more than {MAX_BODY_BYTES} bytes; send less", code="request_too_large")
+async def _read_body(request: Request, most_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
-        raise too_large
+    if declared.isdecimal() and int(declared) > most_bytes:
+        raise too_large(most_bytes)
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
+        if len(body) > most_bytes:
+            raise too_large(most_bytes)
     return bytes(body)
 
 
-def _generation(chat: ChatRequest) -> Generation:
-    return Generation(
-        messages=chat.conversation,
-        max_tokens=chat.token_limit,
-        temperature=1.0 if chat.temperature is None else chat.temperature,
-        top_p=1.0 if chat.top_p is None else chat.top_p,
-        seed=chat.seed,
-        stop=chat.stop,
-    )
-
-
-async def _peek(answers: Answers) -> tuple[Started, Delta]:
-    """Wait for the first piece, because no error can change the status once the answer has begun.
-
-    Raises:
-        ApiError: the request is refused.
-    """
-    started = await anext(answers)
-    if isinstance(started, Refused):
-        raise ApiError(400, started.message, code=started.code, param=started.param)
-    return started, await anext(answers)
-
-
-async def _rejoin(first: Delta, answers: Answers) -> AsyncIterator[Delta]:
-    """The whole answer again. Leaving it early, as a client does that hangs up, ends the generation."""
-    try:
-        yield first
-        async for delta in answers:
-            yield delta
-    finally:
-        answers.cancel()
-
-
-async def _events(
-    chat: ChatRequest, answer: Answer, started: Started, deltas: AsyncIterator[Delta]
-) -> AsyncIterator[str]:
-    with_usage = chat.includes_usage
-    yield event(answer.chunk({"role": "assistant", "content": ""}, with_usage=with_usage))
-    completion_tokens = 0
-    try:
-        async for delta in deltas:
-            completion_tokens = delta.completion_tokens
-            if delta.text:
-                yield event(answer.chunk({"content": delta.text}, with_usage=with_usage))
-            if delta.finish_reason:
-                yield event(answer.chunk({}, delta.finish_reason, with_usage=with_usage))
-    except FAILURES as error:
-        yield event(_as_api_error(error).body)
-        return
-    if with_usage:
-        yield event(answer.usage_chunk(started.prompt_tokens, completion_tokens))
-    yield DONE
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    """What a client learns about a failure inside; the rest goes to the log."""
-    if isinstance(error, BackPressureError):
-        retry = {"retry-after": "1"}
-        return ApiError(429, "too many requests wait", kind="rate_limit_error", code="overloaded", headers=retry)
-    logger.error("a request failed", exc_info=error)
-    if isinstance(error, RunChangedError):
-        # The client library would try again, which cannot help.
-        message = "the run has changed since this endpoint was started; it must be started again"
-        return ApiError(503, message, kind="server_error", code="run_changed", headers={"x-should-retry": "false"})
-    return server_error()
+def _state(state: Releases) -> Response:
+    return Response(state.model_dump_json(), media_type="application/json")
 
 
 # Serve copies the app, with the globals that its routes use, at this point: everything else must be defined above.
 @serve.ingress(app)
 class Ingress:
-    """Checks a request against the contract and the registry, has it routed, and passes the answer on.
+    """Checks who asks and how much, has requests answered, and changes releases.
 
     Serve's proxy puts `x-request-id` on every answer.
     """
 
     def __init__(
-        self, registry: Registry, router: DeploymentHandle, experts: DeploymentHandle, api_key_sha256: str | None
+        self,
+        registry: Registry,
+        router: DeploymentHandle,
+        experts: DeploymentHandle,
+        keys: Keys,
+        arguments: ServeArguments,
     ) -> None:
         """Keep what requests need.
 
         Args:
-            registry: what may be asked for.
+            registry: what the run directory held when the endpoint was started.
             router: handle of `PromptRouter`.
             experts: handle of `Experts`.
-            api_key_sha256: digest of the key that clients must send; None asks for none.
+            keys: digests of the keys of clients and admins.
+            arguments: of the application.
+
+        Raises:
+            ReleaseError: the releases cannot be read.
         """
-        self._registry = registry
-        self._router = router
-        self._experts = experts
-        # One handle for each adapter: making one starts a connection to the controller.
-        self._handles: dict[str, DeploymentHandle] = {}
-        self._api_key_sha256 = api_key_sha256
+        self._arguments = arguments
+        self._keys = keys
+        self._admission = Admission(arguments.max_requests)
+        self._board = ReleaseBoard(arguments.run_dir, registry)
+        self._router, self._experts = router, experts
+        self._handler = RequestHandler(self._board, router, experts, arguments)
+        self._metrics = IngressMetrics()
+        self._changing = asyncio.Lock()
         self._started = int(time.time())
+
+    @app.get("/")
+    async def playground(self) -> Response:
+        """A page to try the endpoint with."""
+        return Response(playground.PAGE, headers=playground.HEADERS)
 
     @app.get("/health")
     async def health(self) -> Response:
         """Whether the endpoint takes requests; needs no API key."""
         return JSONResponse({"status": "ok"})
 
+    @app.get("/openapi.json")
+    async def openapi(self) -> Response:
+        """The description of this interface."""
+        return JSONResponse(openapi_document(version("gradientspace-ray")))
+
+    @app.get("/metrics")
+    async def metrics(self, request: Request) -> Response:
+        """What Prometheus reads, with an admin's key where there is one."""
+        if self._keys.admins:
+            self._admin(request)
+        else:
+            self._client(request)
+        return Response(await exposition(), media_type=CONTENT_TYPE)
+
     @app.get("/v1/models")
     async def models(self, request: Request) -> Response:
         """What may be asked for: `auto`, the base model, the generalist and the experts."""
-        self._authorise(request)
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._registry.model_ids()]})
+        self._client(request)
+        return JSONResponse(model_list(self._model(entry) for entry in listed(self._board.releases)))
 
     @app.get("/v1/models/{model_id:path}")
     async def model(self, request: Request, model_id: str) -> Response:
         """One model, by name or `name@digest`."""
-        self._authorise(request)
-        return JSONResponse(self._model(model_id))
+        self._client(request)
+        known = {entry.id: entry for entry in listed(self._board.releases)}
+        for entry in list(known.values()):
+            if entry.adapter is not None:
+                known.setdefault(entry.adapter.id, replace(entry, id=entry.adapter.id))
+        if model_id not in known:
+            raise unknown_model(model_id, known)
+        return JSONResponse(self._model(known[model_id]))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(self, request: Request) -> Response:
         """Answer a conversation: `model` is `auto`, or names who shall answer."""
-        self._authorise(request)
-        chat = parse_chat_request(await _read_body(request))
+        return await self._answer(request, parse_chat_request)
+
+    @app.post("/v1/completions")
+    async def completions(self, request: Request) -> Response:
+        """Continue texts."""
+        return await self._answer(request, parse_completion_request)
+
+    @app.get("/admin/releases")
+    async def releases(self, request: Request) -> Response:
+        """Which releases answer."""
+        self._admin(request)
+        return _state(await asyncio.to_thread(self._board.refresh))
+
+    @app.post("/admin/releases")
+    async def publish(self, request: Request) -> Response:
+        """Bring a run into the endpoint, for all requests or as a canary."""
+        self._admin(request)
         try:
-            route = await self._choose(chat)
-            answers = cast(Answers, self._handle(route.adapter).generate.remote(_generation(chat)))
-            started, first = await _peek(answers)
-        except FAILURES as error:
-            raise _as_api_error(error) from error
-        answer = Answer(route.model, fingerprint=f"fp_{route.adapter.digest if route.adapter else BASE}")
-        deltas = _rejoin(first, answers)
-        if chat.stream:
-            events = _events(chat, answer, started, deltas)
-            return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | route.headers)
-        text, last = "", first
-        try:
-            async for last in deltas:
-                text += last.text
-        except FAILURES as error:
-            raise _as_api_error(error) from error
-        reason = last.finish_reason or "stop"
-        body = answer.completion(text, reason, started.prompt_tokens, last.completion_tokens)
-        return JSONResponse(body, headers=route.headers)
+            wanted = PublishRequest.model_validate_json(await _read_body(request, self._arguments.max_body_bytes))
+        except ValidationError as error:
+            detail = error.errors(include_url=False)[0]
+            field = ".".join(map(str, detail["loc"])) or None
+            raise bad_request(f"{field or 'the body'}: {detail['msg']}", param=field) from error
+        return await self._change(lambda state: stage_run(self._board.run, state, wanted.run_dir, wanted.canary_share))
 
-    def _authorise(self, request: Request) -> None:
-        if self._api_key_sha256 is None:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).hexdigest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._api_key_sha256):
-            message = "no valid API key; send the header Authorization: Bearer KEY"
-            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+    @app.post("/admin/promote")
+    async def promote(self, request: Request) -> Response:
+        """Let the canary answer everything."""
+        self._admin(request)
+        return await self._change(promote)
 
-    def _resolve(self, model_id: str) -> Adapter | None:
-        try:
-            return self._registry.resolve(model_id)
-        except UnknownModelError as error:
-            names = ", ".join(self._registry.model_ids())
-            message = f"the model {model_id!r} does not exist; models are: {names}"
-            raise ApiError(404, message, code="model_not_found", param="model") from error
+    @app.post("/admin/rollback")
+    async def rollback(self, request: Request) -> Response:
+        """Withdraw the canary, or go back to the release before."""
+        self._admin(request)
+        return await self._change(roll_back)
 
-    def _model(self, model_id: str) -> dict[str, Any]:
-        adapter = None if model_id == AUTO else self._resolve(model_id)
-        details: dict[str, Any] = {"root": self._registry.base_model}
-        if adapter is not None:
-            details = {"root": adapter.id, "parent": self._registry.base_model}
-            details["metadata"] = {"title": adapter.title, "examples": adapter.examples}
-        return model_object(model_id, self._started, **details)
+    async def _change(self, change: Callable[[Releases], Releases]) -> Response:
+        """Make, prepare, commit and announce a change of the releases; requests go on meanwhile."""
+        async with self._changing:
+            before = await asyncio.to_thread(self._board.refresh)
+            try:
+                after = await asyncio.to_thread(change, before)
+                for release in (after.current, after.canary):
+                    if release is not None and release not in before.live:
+                        await self._prepare(release)
+                after = await asyncio.to_thread(commit, self._board.run, before, after)
+            except ReleaseConflictError as error:
+                raise ApiError(409, str(error), code="release_conflict") from error
+            except ReleaseError as error:
+                raise bad_request(str(error), code="release_refused") from error
+            await asyncio.to_thread(self._board.refresh)
+            others = serve.get_deployment_handle("Ingress")
+            await others.broadcast("refresh").results_async(timeout_s=ANNOUNCE_TIMEOUT_S)
+        return _state(after)
 
-    async def _choose(self, chat: ChatRequest) -> Route:
-        if chat.model != AUTO:
-            return Route(self._resolve(chat.model), 1.0, "forced", 0.0)
-        asked = time.perf_counter()
-        choice: Choice = await self._router.route.remote(chat.conversation)
-        try:
-            adapter = self._registry.resolve(choice.expert or self._registry.generalist.name)
-        except UnknownModelError as error:  # a replica of the router that started after the run had changed
-            raise RunChangedError(f"the router picked {choice.expert}, which the registry does not list") from error
-        return Route(adapter, choice.confidence, choice.reason, (time.perf_counter() - asked) * 1000)
+    async def _prepare(self, release: Release) -> None:
+        """Load a release beside the others, in all replicas.
 
-    def _handle(self, adapter: Adapter | None) -> DeploymentHandle:
-        """The experts; Serve sends an adapter's requests to a replica that holds it.
-
-        The adapter comes from the registry: an id that Serve cannot load would cost another adapter its place.
+        Raises:
+            ReleaseError: a replica cannot.
         """
-        model_id = adapter.id if adapter else ""
-        if model_id not in self._handles:
-            self._handles[model_id] = self._experts.options(stream=True, multiplexed_model_id=model_id)
-        return self._handles[model_id]
+        places = self._board.places(release)
+        experts = self._experts.broadcast("prepare", places).results_async(timeout_s=PREPARE_TIMEOUT_S)
+        router = self._router.broadcast("prepare", self._board.router(release))
+        problems = [problem for found in await experts for problem in found]
+        problems += [problem for found in await router.results_async(timeout_s=PREPARE_TIMEOUT_S) for problem in found]
+        if problems:
+            raise ReleaseError(problems[0])
+
+    async def refresh(self) -> int:
+        """Read the releases again; returns their revision."""
+        state = await asyncio.to_thread(self._board.refresh)
+        shares = {state.current.id: 1 - state.canary_share}
+        self._metrics.released(shares | ({state.canary.id: state.canary_share} if state.canary else {}))
+        return state.revision
+
+    async def check_health(self) -> None:
+        """Serve asks every ten seconds: a replica that missed a change of the releases reads it here."""
+        await self.refresh()
+
+    async def _answer(self, request: Request, parse: Callable[[bytes], SamplingParameters]) -> Response:
+        key = self._client(request)
+        try:
+            ticket = self._admission.admit(key)
+        except TooManyError as error:
+            self._metrics.rejected(error.limit)
+            raise rate_limited(str(error), error.retry_after_s) from error
+        call = Call(
+            request.headers.get("x-request-id", ""), key.name if key else "", ticket, self._metrics, self._arguments.log_prompts
+        )
+        try:
+            call.request = parse(await _read_body(request, self._arguments.max_body_bytes))
+            response = await self._handler.answer(call, call.request)
+        except ApiError as error:
+            call.end(error.status, error.code)
+            raise
+        except BaseException as error:
+            call.end(CLIENT_LEFT if isinstance(error, asyncio.CancelledError) else 500)
+            raise
+        if not isinstance(response, EventStream):
+            call.end(200)
+        return response
+
+    def _client(self, request: Request) -> Key | None:
+        if not self._keys.required and not self._arguments.allow_anonymous:
+            host = request.client.host if request.client else ""
+            if not is_loopback(host):
+                self._metrics.rejected("auth")
+                raise forbidden("this endpoint has no API keys, so it answers its own machine only; " + GIVE_KEYS)
+        return self._known(self._keys.client, request)
+
+    def _admin(self, request: Request) -> Key:
+        return self._known(self._keys.admin, request)
+
+    def _known(self, find: Callable[[str | None], Who], request: Request) -> Who:
+        try:
+            return find(request.headers.get("authorization"))
+        except UnauthorisedError as error:
+            self._metrics.rejected("auth")
+            raise unauthorised(str(error)) from error
+
+    def _model(self, entry: Listed) -> dict[str, Any]:
+        base_model = entry.release.registry.base_model
+        details: dict[str, Any] = {"root": base_model}
+        if entry.adapter is not None:
+            details = {"root": entry.adapter.id, "parent": base_model}
+            details["metadata"] = {"title": entry.adapter.title, "examples": entry.adapter.examples}
+        return model_object(entry.id, self._started, **details, release=entry.release.id)

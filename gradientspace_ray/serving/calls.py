@@ -1,0 +1,84 @@
+"""One request from its arrival to its end, told exactly once to its limits, to the metrics and to the log."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gradientspace_ray.engine.contract import Piece
+from gradientspace_ray.serving.answering import Begun
+from gradientspace_ray.serving.keys import Ticket
+from gradientspace_ray.serving.metrics import IngressMetrics
+from gradientspace_ray.serving.openai_requests import SamplingParameters
+from gradientspace_ray.serving.request_log import Record, write
+from gradientspace_ray.serving.routes import FORCED, Route
+
+CLIENT_LEFT = 499
+"""Status of a request whose client did not wait for the end, as nginx counts it; nobody receives it."""
+
+
+@dataclass
+class Call:
+    """A request under way."""
+
+    request_id: str
+    key_name: str
+    """Empty where no key is required."""
+    ticket: Ticket
+    metrics: IngressMetrics
+    log_prompts: bool
+    request: SamplingParameters | None = None
+    route: Route | None = None
+    started_s: float = field(default_factory=time.perf_counter)
+    first_token_s: float | None = None
+    """Seconds from the arrival to the first token of any choice."""
+    queued_s: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: dict[int, int] = field(default_factory=dict)
+    cached_tokens: int = 0
+    texts: dict[int, str] = field(default_factory=dict)
+    ended: bool = False
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the request came in."""
+        return time.perf_counter() - self.started_s
+
+    def routed(self, route: Route) -> None:
+        """It is decided who answers."""
+        self.route = route
+        if route.reason != FORCED:
+            self.metrics.routed(route.model, route.reason, route.confidence, route.router_ms / 1000)
+
+    def first(self, begun: Begun) -> None:
+        """A choice has its first piece."""
+        self.prompt_tokens = max(self.prompt_tokens, begun.started.prompt_tokens)
+        if self.first_token_s is None and self.route is not None:
+            self.first_token_s, self.queued_s = self.elapsed_s, begun.first.queued_s
+            self.metrics.first_token(self.route.model, self.first_token_s, self.queued_s)
+
+    def add(self, choice: int, piece: Piece) -> None:
+        """A choice has a piece more, or all of them as one."""
+        self.completion_tokens[choice] = piece.completion_tokens
+        self.cached_tokens = max(self.cached_tokens, piece.cached_tokens)
+        if self.log_prompts:
+            self.texts[choice] = self.texts.get(choice, "") + piece.text
+
+    def end(self, status: int, error_code: str | None = None) -> None:
+        """The request is over; only the first call counts."""
+        if self.ended:
+            return
+        self.ended = True
+        self.ticket.release()
+        elapsed_s = self.elapsed_s
+        if self.route is not None:
+            self.metrics.ended(
+                self.route.model,
+                self.route.reason,
+                status,
+                elapsed_s,
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=sum(self.completion_tokens.values()),
+                choices=max(1, len(self.completion_tokens)),
+                first_token_s=self.first_token_s,
+            )
+        write(self._record(status, error_code, elapsed_s))
