@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator
 from openai.resources.chat.completions import Completions as ChatResource
 from openai.resources.completions import Completions as CompletionResource
 from openai.types.shared import ErrorObject
+from pydantic import ValidationError
 
 from gradientspace_ray.engine.contract import Sampling
 from gradientspace_ray.serving import api_errors
@@ -152,7 +153,8 @@ def test_stop_is_a_text_or_up_to_four(sent, read):
 )
 def test_a_token_limit_above_the_server_s_is_refused_by_its_name(fields, param):
     request = parse(**fields)
-    assert request.sampling(11).max_tokens == 11
+    assert request.sampling(11).max_tokens == request.sampling(0).max_tokens == 11
+    assert parse().sampling(0).max_tokens == 0
     with pytest.raises(ApiError) as caught:
         request.sampling(10)
     assert checked(caught.value)["param"] == param
@@ -165,7 +167,6 @@ def test_a_token_limit_above_the_server_s_is_refused_by_its_name(fields, param):
         (parse(n=5), "n", "integer_above_max_value"),
         (complete(prompt=["a", "b"], n=3), "n", "integer_above_max_value"),
         (complete(prompt=["a"] * 5), "prompt", "array_above_max_length"),
-        (parse(messages=HELLO * 4), "messages", "array_above_max_length"),
         (parse(messages=[{"role": "user", "content": "x" * 6}] * 2), "messages", "context_length_exceeded"),
         (complete(prompt="x" * 11), "prompt", "context_length_exceeded"),
         (complete(prompt=[1] * 11), "prompt", "context_length_exceeded"),
@@ -174,13 +175,13 @@ def test_a_token_limit_above_the_server_s_is_refused_by_its_name(fields, param):
 )
 def test_too_much_is_refused_by_name(request_, param, code):
     with pytest.raises(ApiError) as caught:
-        check_limits(request_, RequestLimits(max_tokens=100, max_choices=4, max_messages=3, max_prompt_characters=10))
+        check_limits(request_, RequestLimits(max_tokens=100, max_choices=4, max_prompt_characters=10))
     error = checked(caught.value)
     assert (error["param"], error["code"]) == (param, code)
 
 
 def test_as_much_as_is_allowed_passes():
-    limits = RequestLimits(max_tokens=100, max_choices=4, max_messages=2, max_prompt_characters=10)
+    limits = RequestLimits(max_tokens=100, max_choices=4, max_prompt_characters=10)
     check_limits(parse(max_tokens=100, n=4, messages=HELLO * 2), limits)
     check_limits(complete(prompt=["x" * 10, "y"], n=2), limits)
 
@@ -251,6 +252,8 @@ def test_load_generators_and_frameworks_are_understood():
         ({"gradientspace": {"explain": 1}}, "gradientspace.explain", "invalid_type"),
         ({"gradientspace": {"expert": "x"}}, "gradientspace.expert", "unknown_parameter"),
         ({"messages": []}, "messages", "array_below_min_length"),
+        ({"messages": HELLO * 2049}, "messages", "array_above_max_length"),
+        ({"logit_bias": {str(token): 0 for token in range(1025)}}, "logit_bias", "object_above_max_length"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_type"),
@@ -320,6 +323,28 @@ def test_what_is_no_prompt_is_refused(prompt, param):
 def test_what_is_no_json_object_is_refused(body):
     for parser in PARSE.values():
         assert refusal(body, parser)["param"] is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{}] * 10_000},
+        {"messages": [{"role": "user", "content": [{}] * 10_000}]},
+        {"prompt": [-1] * 10_000},
+        {"prompt": [[]] * 10_000},
+        {"prompt": [""] * 10_000, "stop": [""] * 10_000},
+        *(
+            {name: {str(key): None for key in range(10_000)}}
+            for name in ("logit_bias", "stream_options", "gradientspace")
+        ),
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_body_full_of_errors_costs_no_more_than_a_few_of_them(fields):
+    kind = CompletionRequest if "prompt" in fields else ChatRequest
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "auto", "messages": HELLO, **fields})
+    assert caught.value.error_count() <= 5
 
 
 def test_a_number_beyond_all_floats_is_refused():

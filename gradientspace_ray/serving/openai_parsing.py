@@ -31,7 +31,6 @@ class RequestLimits:
     """Of each answer."""
     max_choices: int = 16
     """Answers: prompts times `n`."""
-    max_messages: int = 1024
     max_prompt_characters: int = 2**18
     """Of each prompt; a token id counts as one. The context's length in tokens is the engine's to check."""
 
@@ -72,9 +71,6 @@ def check_limits(request: SamplingParameters, limits: RequestLimits) -> None:
         most = limits.max_choices // len(prompts)
         message = f"n should be at most {most} on this server for {len(prompts)} prompt(s)"
         raise bad_request(message, param="n", code="integer_above_max_value")
-    if isinstance(request, ChatRequest) and len(request.messages) > limits.max_messages:
-        message = f"messages should have at most {limits.max_messages} items on this server"
-        raise bad_request(message, param="messages", code="array_above_max_length")
     for index, prompt in enumerate(prompts):
         if _size(prompt) > limits.max_prompt_characters:
             param = request.prompt_field + (f"[{index}]" if len(prompts) > 1 else "")

@@ -8,8 +8,17 @@ accepted, whatever it holds. Types are strict: "5" is no number, and neither is 
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from gradientspace_ray.engine.contract import Sampling
 from gradientspace_ray.serving.api_errors import bad_request
@@ -17,6 +26,8 @@ from gradientspace_ray.serving.messages import Message
 
 Prompt = list[Message] | str | list[int]
 """A conversation to render, a text to continue as it is, or token ids."""
+MAX_MESSAGES = 2048
+MAX_KEYS = 1024
 
 
 class Neutral:
@@ -51,16 +62,28 @@ def _union(expected: str) -> Discriminator:
     return Discriminator(_shape, custom_error_type="invalid_type", custom_error_message=f"should be {expected}")
 
 
+def _limit_keys(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_KEYS:
+        context = {"field_type": "Dictionary", "max_length": MAX_KEYS, "actual_length": len(value)}
+        raise PydanticKnownError("too_long", context)
+    return value
+
+
+# Lists fail at their first error and objects are limited before they are read: pydantic lists every error there is,
+# which for a body of a megabyte takes it seconds.
+OfFewKeys = BeforeValidator(_limit_keys)
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 SomeText = Annotated[Text, Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenLimit = Annotated[int, Field(ge=1, le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 # Held back from a stream until it is known whether they come, so they are short.
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-100, le=100)]],
-    Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
+    Field(json_schema_extra={"additionalProperties": False, "maxProperties": MAX_KEYS}),
+    OfFewKeys,
 ]
 Unserved = Annotated[Any, Neutral()]
 UnservedFlag = Annotated[Any, Neutral(False)]
@@ -87,7 +110,7 @@ class ChatMessage(_Strict):
     function_call: Unserved = None
     tool_calls: UnservedList = None
     content: Annotated[
-        Annotated[Text, Tag("str")] | Annotated[list[TextPart], Field(min_length=1), Tag("list[dict]")],
+        Annotated[Text, Tag("str")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("list[dict]")],
         _union("a text or a list of text parts"),
     ]
 
@@ -124,8 +147,8 @@ class SamplingParameters(_Strict):
 
     model: Annotated[Text, Field(max_length=256)]
     """`auto` (routed), `base`, `generalist`, an expert's name, or `name@digest`."""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
     """The same as `max_tokens`, and preferred to it."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -147,8 +170,8 @@ class SamplingParameters(_Strict):
     ignore_eos: bool | None = None
     """Go on at an end-of-text token, up to the limit."""
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    gradientspace: Extension | None = None
+    stream_options: Annotated[StreamOptions, OfFewKeys] | None = None
+    gradientspace: Annotated[Extension, OfFewKeys] | None = None
 
     # Of no effect on the answer.
     metadata: Accepted = None
@@ -246,14 +269,14 @@ class SamplingParameters(_Strict):
         return self.gradientspace is not None and self.gradientspace.explain
 
     def token_limit(self, most_tokens: int) -> int:
-        """Most tokens of each answer: what the request says, or `most_tokens`.
+        """Most tokens of each answer: what the request says, or `most_tokens`, of which 0 leaves it to the engine.
 
         Raises:
             ApiError: 400, the request asks for more than `most_tokens`.
         """
         field = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        if limit is not None and limit > most_tokens:
+        if limit is not None and 0 < most_tokens < limit:
             message = f"{field} should be at most {most_tokens} on this server"
             raise bad_request(message, param=field, code="integer_above_max_value")
         return most_tokens if limit is None else limit
@@ -262,7 +285,7 @@ class SamplingParameters(_Strict):
         """How one choice is generated.
 
         Args:
-            most_tokens: most tokens of an answer on this server.
+            most_tokens: most tokens of an answer on this server; 0 leaves it to the engine.
             choice: index of the choice. The choices of a prompt have seeds in a row, so that they differ and repeat;
                 a prompt's choices do not depend on the prompts that are sent along.
 
@@ -290,7 +313,7 @@ class ChatRequest(SamplingParameters):
 
     prompt_field = "messages"
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -320,9 +343,9 @@ class CompletionRequest(SamplingParameters):
 
     prompt: Annotated[
         Annotated[SomeText, Tag("str")]
-        | Annotated[list[SomeText], Field(min_length=1), Tag("list[str]")]
+        | Annotated[list[SomeText], Field(min_length=1, fail_fast=True), Tag("list[str]")]
         | Annotated[TokenIds, Tag("list[int]")]
-        | Annotated[list[TokenIds], Tag("list[list]")],
+        | Annotated[list[TokenIds], Field(fail_fast=True), Tag("list[list]")],
         _union("a text, a list of texts, a list of token ids, or a list of such lists"),
     ]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
