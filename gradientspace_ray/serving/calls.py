@@ -1,7 +1,6 @@
 """One request from its arrival to its end, told exactly once to its limits, to the metrics and to the log."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gradientspace_ray.engine.contract import Piece
@@ -9,7 +8,7 @@ from gradientspace_ray.serving.answering import Begun
 from gradientspace_ray.serving.keys import Ticket
 from gradientspace_ray.serving.metrics import IngressMetrics
 from gradientspace_ray.serving.openai_requests import SamplingParameters
-from gradientspace_ray.serving.request_log import Record, write
+from gradientspace_ray.serving.request_log import RequestRecord, write
 from gradientspace_ray.serving.routes import FORCED, Route
 
 CLIENT_LEFT = 499
@@ -21,8 +20,7 @@ class Call:
     """A request under way."""
 
     request_id: str
-    key_name: str
-    """Empty where no key is required."""
+    path: str
     ticket: Ticket
     metrics: IngressMetrics
     log_prompts: bool
@@ -81,4 +79,28 @@ class Call:
                 choices=max(1, len(self.completion_tokens)),
                 first_token_s=self.first_token_s,
             )
-        write(self._record(status, error_code, elapsed_s))
+        write(self._record(status, error_code, elapsed_s), with_texts=self.log_prompts)
+
+    def _record(self, status: int, error_code: str | None, elapsed_s: float) -> RequestRecord:
+        record = RequestRecord(
+            self.request_id,
+            path=self.path,
+            key=self.ticket.key.name if self.ticket.key else None,
+            status=status,
+            error=error_code,
+            disconnected=status == CLIENT_LEFT,
+            total_ms=1000 * elapsed_s,
+        )
+        if self.request is not None:
+            record.model, record.stream = self.request.model, self.request.streams
+            if self.log_prompts:
+                record.prompt, record.answer = self.request.prompts, list(self.texts.values())
+        if self.route is not None:
+            record.expert, record.release, record.reason = self.route.model, self.route.release, self.route.reason
+            record.confidence, record.router_ms = self.route.confidence, self.route.router_ms
+        if self.first_token_s is not None:
+            record.ttft_ms = 1000 * self.first_token_s
+            record.queue_ms = None if self.queued_s is None else 1000 * self.queued_s
+            record.prompt_tokens, record.cached_tokens = self.prompt_tokens, self.cached_tokens
+            record.completion_tokens = sum(self.completion_tokens.values())
+        return record

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from fastapi.responses import Response, StreamingResponse
@@ -19,9 +19,9 @@ from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.board import ReleaseBoard
 from gradientspace_ray.serving.calls import CLIENT_LEFT, Call
 from gradientspace_ray.serving.messages import Choice, Generation, Message, Place, RouteRequest, RunChangedError
-from gradientspace_ray.serving.openai_answers import Answer, ChatAnswer, CompletionAnswer, as_json
+from gradientspace_ray.serving.openai_answers import answer_to, as_json
 from gradientspace_ray.serving.openai_parsing import RequestLimits, check_limits
-from gradientspace_ray.serving.openai_requests import ChatRequest, Prompt, SamplingParameters
+from gradientspace_ray.serving.openai_requests import Prompt, SamplingParameters
 from gradientspace_ray.serving.openai_streams import HEADERS, MEDIA_TYPE, AnswerStream, error_event
 from gradientspace_ray.serving.routes import FORCED, Route
 
@@ -58,7 +58,7 @@ class RequestHandler:
         check_limits(request, self._limits)
         route = await self._route(call, request)
         call.routed(route)
-        answer = _answer_of(request, route)
+        answer = answer_to(request, route.model, route.fingerprint, route.explanation if request.explains else None)
         asks = [self._ask(route, request, choice) for choice in range(request.choices)]
         if request.streams:
             begun = await begin(asks, self._start_timeout_s)
@@ -74,7 +74,7 @@ class RequestHandler:
     async def _route(self, call: Call, request: SamplingParameters) -> Route:
         state = self._board.releases
         messages = _conversation(request)
-        release = pick(state, f"{call.key_name}\n{_opening(messages)}")
+        release = pick(state, f"{call.ticket.key.name if call.ticket.key else ''}\n{_opening(messages)}")
         if request.model != AUTO:
             try:
                 adapter = resolve(state, release, request.model)
@@ -155,17 +155,6 @@ async def _events(call: Call, stream: AnswerStream, begun: list[Begun]) -> Async
         return
     yield stream.end()
     call.end(200)
-
-
-def _answer_of(request: SamplingParameters, route: Route) -> Answer:
-    kind = ChatAnswer if isinstance(request, ChatRequest) else CompletionAnswer
-    return kind(
-        route.model,
-        route.fingerprint,
-        choices_per_prompt=request.choices_per_prompt,
-        with_logprobs=request.top_alternatives is not None,
-        extension=route.explanation if request.explains else None,
-    )
 
 
 def _conversation(request: SamplingParameters) -> list[Message] | None:

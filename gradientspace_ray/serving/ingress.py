@@ -27,7 +27,7 @@ from gradientspace_ray.releases import (
     promote,
     roll_back,
 )
-from gradientspace_ray.serving import playground
+from gradientspace_ray.serving import playground, request_log
 from gradientspace_ray.serving.api_errors import (
     ApiError,
     bad_request,
@@ -137,6 +137,7 @@ class Ingress:
         self._router, self._experts = router, experts
         self._handler = RequestHandler(self._board, router, experts, arguments)
         self._metrics = IngressMetrics()
+        request_log.configure()
         self._changing = asyncio.Lock()
         self._started = int(time.time())
 
@@ -273,9 +274,8 @@ class Ingress:
         except TooManyError as error:
             self._metrics.rejected(error.limit)
             raise rate_limited(str(error), error.retry_after_s) from error
-        call = Call(
-            request.headers.get("x-request-id", ""), key.name if key else "", ticket, self._metrics, self._arguments.log_prompts
-        )
+        request_id = request.headers.get("x-request-id", "")
+        call = Call(request_id, request.url.path, ticket, self._metrics, self._arguments.log_prompts)
         try:
             call.request = parse(await _read_body(request, self._arguments.max_body_bytes))
             response = await self._handler.answer(call, call.request)
