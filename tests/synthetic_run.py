@@ -26,6 +26,7 @@ EXAMPLE_SCHEMA = pa.schema(
         "label_tokens": pa.int32(),
         "source": pa.string(),
         "domain": pa.string(),
+        "split_key": pa.string(),
     }
 )
 
@@ -69,6 +70,7 @@ def write_examples(run: RunDirectory, model_dir: Path, split: str, count: int, l
                 "label_tokens": len(answer_ids),
                 "source": "synthetic",
                 "domain": domain if labelled else None,
+                "split_key": question,
             }
         )
     run.write_table(f"examples/{split}.parquet", pa.Table.from_pylist(rows, schema=EXAMPLE_SCHEMA))

@@ -95,7 +95,7 @@ def test_experts_that_are_always_worse_are_never_routed_to(experts):
     certain[:, 0] = 0
     settings_ = RouterSettings(
         encoder="",
-        view="",
+        view="conversation",
         max_tokens=1,
         labels=tuple(f"expert-{index}" for index in range(experts)),
         temperature=1.0,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer
 
 from gradientspace_ray.models.loading import ModelError
-from gradientspace_ray.router.encoder import PromptEncoder, pool
+from gradientspace_ray.router.encoder import PromptEncoder, RememberingEncoder, pool
 
 PROMPTS = ["one", "Write a poem about the sea.", "", "3 + 4 =", "a much longer prompt " * 12, "one"]
 
@@ -60,3 +60,44 @@ def test_an_unknown_encoder_is_named_in_one_line():
     with pytest.raises(ModelError, match="no/such-encoder") as caught:
         PromptEncoder("no/such-encoder", 64)
     assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_read_does_not_decide_the_encoding(encoder):
+    long = "word " * 10_000
+    np.testing.assert_array_equal(encoder.encode([long + "1", long + "2"])[0], encoder.encode([long])[0])
+    assert len(encoder.readable(long)) == 64 * encoder.max_tokens
+    np.testing.assert_array_equal(encoder.encode(["half \ud83d of"]), encoder.encode(["half ? of"]))
+
+
+class Counted:
+    """An encoder, and all that it was asked to encode."""
+
+    def __init__(self, encoder):
+        self.encoder, self.asked, self.width, self.readable = encoder, [], encoder.width, encoder.readable
+
+    def encode(self, prompts):
+        self.asked += prompts
+        return self.encoder.encode(prompts)
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdef"), max_size=8), max_size=12))
+def test_what_was_encoded_lately_is_not_encoded_again(encoder, batches):
+    counted = Counted(encoder)
+    remembering = RememberingEncoder(counted, capacity=3)
+    known = []
+    for batch in batches:
+        missing = [prompt for prompt in dict.fromkeys(batch) if prompt not in known]
+        counted.asked.clear()
+        np.testing.assert_allclose(remembering.encode(batch), encoder.encode(batch), atol=1e-6)
+        assert counted.asked == missing
+        for prompt in batch:
+            known = [*(other for other in known if other != prompt), prompt]
+        known = known[-3:]
+
+
+def test_a_remembered_prompt_is_known_by_what_is_read_of_it(encoder):
+    counted = Counted(encoder)
+    remembering = RememberingEncoder(counted, capacity=3)
+    long = "word " * 10_000
+    remembering.encode(["\ud83d", long + "1", long + "2"])
+    assert len(counted.asked) == 2

@@ -97,7 +97,8 @@ def test_below_the_threshold_the_generalist_serves():
     sure, unsure = decide(logits, settings_for(3, threshold=0.5))
     assert (sure.expert, sure.reason, sure.second_best) == ("expert-0", "routed", "expert-1")
     assert sure.confidence == pytest.approx(0.7)
-    assert (unsure.expert, unsure.reason, unsure.best) == (None, "low_confidence", "expert-2")
+    assert (unsure.expert, unsure.reason, unsure.second_best) == (None, "low_confidence", "expert-2")
+    assert unsure.confidence == pytest.approx(0.4)
     assert sum(unsure.probabilities.values()) == pytest.approx(1)
     flattened = decide(logits, settings_for(3, temperature=10.0))
     assert flattened[0].confidence < 0.5

@@ -1,25 +1,29 @@
 """The router: a linear head on the prompt's encoding picks one expert, or abstains to the generalist.
 
-Shapes: N prompts, H width of the encoder, K experts.
+Shapes: N prompts, H width of the encoder, K experts, M training prompts kept to tell strangers by.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
+from gradientspace_ray.examples.rendering import View
 from gradientspace_ray.router.calibration import calibrated, nll
 from gradientspace_ray.router.encoder import PromptEncoder
+from gradientspace_ray.router.novelty import NEIGHBOURS, similarities
 
 HEAD_FILE, SETTINGS_FILE = "head.safetensors", "router.json"
+ROUTER_FILES = (HEAD_FILE, SETTINGS_FILE)
+Reason = Literal["routed", "low_confidence", "out_of_distribution"]
 INVERSE_PENALTIES = (0.1, 1.0, 10.0, 100.0)
 FOLDS = 5
 
@@ -28,21 +32,33 @@ class RouterError(ValueError):
     """A router that cannot be loaded; the message names the file and the mend in one line."""
 
 
+class Encoder(Protocol):
+    """What a router needs of a `PromptEncoder`."""
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """Encodings [N, H], float32, unit length."""
+        ...
+
+
 @dataclass(frozen=True)
 class Decision:
-    """What the router says about one prompt."""
+    """What the router says about one prompt, or about a conversation."""
 
     expert: str | None
     """None means the generalist."""
     confidence: float
-    """Calibrated probability that `best` is the right expert."""
-    reason: Literal["routed", "low_confidence"]
+    """Calibrated probability that this is the right expert; where the generalist answers, that of the best expert."""
+    reason: Reason
+    """Why that one answers: the generalist does where the prompt is unlike those of the training
+    (`out_of_distribution`), else where no expert is probable enough (`low_confidence`)."""
     probabilities: dict[str, float]
     """Expert -> calibrated probability, in the order of the labels."""
-    best: str
-    """The most probable expert, also when the router abstains."""
-    second_best: str | None
-    """None when there is only one expert."""
+
+    @property
+    def second_best(self) -> str | None:
+        """The most probable expert beside the one that answers; None where there is no other."""
+        others = [name for name in self.probabilities if name != self.expert]
+        return max(others, key=self.probabilities.__getitem__, default=None)
 
 
 @dataclass(frozen=True)
@@ -76,13 +92,19 @@ class RouterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: int = 1
     encoder: str
-    view: str
+    view: View
     """The part of a prompt that the router was trained on; serving must read the same one."""
     max_tokens: int
     labels: tuple[str, ...]
     """Expert names, in the order of the head's rows."""
     temperature: float
     threshold: float
+    min_similarity: float | None = None
+    """Prompts of less similarity to the training's are out of distribution; see `novelty`. None calls none so."""
+    neighbours: int = NEIGHBOURS
+    """Training prompts that a similarity is the mean of."""
+    switch_margin: float = 0.2
+    """How much more probable than its expert another has to be, for a conversation to go over to it."""
     calibration: dict[str, Any] = {}
     """Numbers for the report; nothing here changes a decision."""
 
@@ -131,10 +153,22 @@ def _fit(encodings_NH: np.ndarray, labels_N: np.ndarray, inverse_penalty: float)
 
 
 class Router:
-    """Encoder, head, temperature and threshold. Not bound to a thread; calls may come from several."""
+    """Encoder, head, thresholds and temperature. Not bound to a thread; calls may come from several."""
 
-    def __init__(self, encoder: PromptEncoder, head: LinearHead, settings: RouterSettings) -> None:
+    def __init__(
+        self, encoder: Encoder, head: LinearHead, settings: RouterSettings, sample_MH: np.ndarray | None = None
+    ) -> None:
+        """Put a router together.
+
+        Args:
+            encoder: the one that `settings` names.
+            head: its rows are in the order of `settings.labels`.
+            settings: what it decides by.
+            sample_MH: encodings of training prompts; needed if `settings.min_similarity` is set.
+        """
         self.encoder, self.head, self.settings = encoder, head, settings
+        # Kept in the type of the products, so that no request has to convert it.
+        self._sample_MH = None if sample_MH is None else sample_MH.astype(np.float32)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -142,17 +176,23 @@ class Router:
         return self.settings.labels
 
     @property
-    def view(self) -> str:
+    def view(self) -> View:
         """The part of a prompt to give to `route`; see `examples.rendering.prompt_view`."""
         return self.settings.view
 
     def route(self, prompts: Sequence[str]) -> list[Decision]:
-        """One decision for each prompt (already in the router's view), in their order."""
+        """One decision for each prompt (already in the router's view), in their order.
+
+        An endpoint decides on whole conversations; see `conversation.route_conversations`.
+        """
         return self.decide(self.encoder.encode(prompts))
 
     def decide(self, encodings_NH: np.ndarray) -> list[Decision]:
         """`route` for prompts that are encoded already."""
-        return decide(self.head.logits(encodings_NH), self.settings)
+        similarity_N = None
+        if self._sample_MH is not None:
+            similarity_N = similarities(encodings_NH, self._sample_MH, self.settings.neighbours)
+        return decide(self.head.logits(encodings_NH), self.settings, similarity_N)
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "Router":
@@ -162,34 +202,60 @@ class Router:
             RouterError: the folder holds no router.
             ModelError: the encoder cannot be found.
         """
-        head, settings = load_head(folder)
-        return cls(PromptEncoder(settings.encoder, settings.max_tokens, device), head, settings)
+        return cls.of_files(_read(folder), str(folder), lambda name, tokens: PromptEncoder(name, tokens, device))
+
+    @classmethod
+    def of_files(
+        cls, files: Mapping[str, bytes], place: str, load_encoder: Callable[[str, int], Encoder] = PromptEncoder
+    ) -> "Router":
+        """A router out of the contents of its files.
+
+        Args:
+            files: the name of each of `ROUTER_FILES` -> what it holds.
+            place: where they are, for the message of an error.
+            load_encoder: name and `max_tokens` of an encoder -> the encoder.
+
+        Raises:
+            RouterError: the files are not those of a router.
+            ModelError: the encoder cannot be found.
+        """
+        head, settings, sample_MH = _parse(files, place)
+        return cls(load_encoder(settings.encoder, settings.max_tokens), head, settings, sample_MH)
 
 
-def decide(logits_NK: np.ndarray, settings: RouterSettings) -> list[Decision]:
-    """Calibrate the scores, pick the most probable expert, abstain below the threshold."""
+def decide(logits_NK: np.ndarray, settings: RouterSettings, similarity_N: np.ndarray | None = None) -> list[Decision]:
+    """Calibrate the scores and pick the most probable expert; abstain from strangers, and below the threshold.
+
+    Args:
+        logits_NK: the head's scores.
+        settings: temperature, threshold and least similarity.
+        similarity_N: see `novelty.similarities`; None takes no prompt for a stranger.
+    """
+    strange_N = np.zeros(len(logits_NK), dtype=bool)
+    if similarity_N is not None and settings.min_similarity is not None:
+        strange_N = similarity_N < settings.min_similarity
     decisions = []
-    for row_K in calibrated(logits_NK, settings.temperature):
-        best, *others = np.argsort(-row_K, kind="stable")
+    for row_K, strange in zip(calibrated(logits_NK, settings.temperature), strange_N, strict=True):
+        best = int(row_K.argmax())
         confidence = float(row_K[best])
-        routed = confidence >= settings.threshold
-        decisions.append(
-            Decision(
-                expert=settings.labels[best] if routed else None,
-                confidence=confidence,
-                reason="routed" if routed else "low_confidence",
-                probabilities=dict(zip(settings.labels, row_K.tolist(), strict=True)),
-                best=settings.labels[best],
-                second_best=settings.labels[others[0]] if others else None,
-            )
-        )
+        reason: Reason = "routed" if confidence >= settings.threshold else "low_confidence"
+        if strange:
+            reason = "out_of_distribution"
+        expert = settings.labels[best] if reason == "routed" else None
+        probabilities = dict(zip(settings.labels, row_K.tolist(), strict=True))
+        decisions.append(Decision(expert, confidence, reason, probabilities))
     return decisions
 
 
-def save_router(folder: Path, head: LinearHead, settings: RouterSettings) -> None:
-    """Write `head.safetensors` and `router.json`; equal routers give equal bytes."""
+def save_router(folder: Path, head: LinearHead, settings: RouterSettings, sample_MH: np.ndarray | None = None) -> None:
+    """Write `head.safetensors` (`weight`, `bias` and, if given, `sample` in float16) and `router.json`.
+
+    Equal routers give equal bytes.
+    """
     arrays = {"weight": np.ascontiguousarray(head.weight_KH), "bias": np.ascontiguousarray(head.bias_K)}
-    save_file(arrays, folder / HEAD_FILE)
+    if sample_MH is not None:
+        arrays["sample"] = np.ascontiguousarray(sample_MH, dtype=np.float16)
+    (folder / HEAD_FILE).write_bytes(save(arrays))
     (folder / SETTINGS_FILE).write_text(settings.model_dump_json(indent=2) + "\n")
 
 
@@ -199,10 +265,15 @@ def router_digest(folder: Path) -> str:
     Raises:
         OSError: a file is missing.
     """
+    return files_digest({name: (folder / name).read_bytes() for name in ROUTER_FILES})
+
+
+def files_digest(files: Mapping[str, bytes]) -> str:
+    """`router_digest` of files that are read already: the name of each of `ROUTER_FILES` -> what it holds."""
     content = hashlib.sha256()
-    for name in (HEAD_FILE, SETTINGS_FILE):
+    for name in ROUTER_FILES:
         content.update(name.encode())
-        content.update((folder / name).read_bytes())
+        content.update(files[name])
     return content.hexdigest()[:12]
 
 
@@ -212,14 +283,29 @@ def load_head(folder: Path) -> tuple[LinearHead, RouterSettings]:
     Raises:
         RouterError: a file is missing or not what it should be.
     """
-    try:
-        arrays = load_file(folder / HEAD_FILE)
-        settings = RouterSettings.model_validate_json((folder / SETTINGS_FILE).read_text())
-        head = LinearHead(arrays["weight"], arrays["bias"])
-    except (OSError, SafetensorError, ValidationError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise RouterError(f"{folder}: not a router ({reason}); run the router stage again") from error
-    if head.weight_KH.shape[0] != len(settings.labels):
-        rows = head.weight_KH.shape[0]
-        raise RouterError(f"{folder}: {rows} rows for {len(settings.labels)} labels; run the router stage again")
+    head, settings, _ = _parse(_read(folder), str(folder))
     return head, settings
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    try:
+        return {name: (folder / name).read_bytes() for name in ROUTER_FILES}
+    except OSError as error:
+        raise RouterError(f"{folder}: not a router ({error}); run the router stage again") from error
+
+
+def _parse(files: Mapping[str, bytes], place: str) -> tuple[LinearHead, RouterSettings, np.ndarray | None]:
+    again = "run the router stage again"
+    try:
+        arrays = load(files[HEAD_FILE])
+        settings = RouterSettings.model_validate_json(files[SETTINGS_FILE])
+        head, sample_MH = LinearHead(arrays["weight"], arrays["bias"]), arrays.get("sample")
+    except (SafetensorError, ValidationError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise RouterError(f"{place}: not a router ({reason}); {again}") from error
+    rows, width = head.weight_KH.shape
+    if rows != len(settings.labels):
+        raise RouterError(f"{place}: {rows} rows for {len(settings.labels)} labels; {again}")
+    if settings.min_similarity is not None and (sample_MH is None or sample_MH.shape[1:] != (width,)):
+        raise RouterError(f"{place}: no training prompts of width {width} to tell strangers by; {again}")
+    return head, settings, sample_MH

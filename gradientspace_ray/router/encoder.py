@@ -1,8 +1,11 @@
-"""The text encoder in front of the router: prompt -> unit vector.
+"""The text encoder in front of the router: prompt -> unit vector; and a memory of the latest ones.
 
 Shapes: N prompts, T tokens of the longest prompt in a batch, H width of the encoder.
 """
 
+import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +16,8 @@ from transformers import AutoModel
 from gradientspace_ray.models.loading import load_tokenizer, resolve_model, without_progress_bars
 
 PROMPTS_PER_BATCH = 32
+CHARACTERS_PER_TOKEN = 64
+"""More than any text has, on average: what lies behind the last token that is read need not be tokenised."""
 
 
 class PromptEncoder:
@@ -42,8 +47,13 @@ class PromptEncoder:
         """H, the length of an encoding."""
         return self._model.config.hidden_size
 
+    def readable(self, prompt: str) -> str:
+        """What of a prompt decides its encoding: its beginning, with `?` for the halves of characters JSON may hold."""
+        return prompt[: self.max_tokens * CHARACTERS_PER_TOKEN].encode(errors="replace").decode()
+
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Encodings [N, H], float32, unit length; but for rounding, a prompt's own does not depend on the others."""
+        prompts = [self.readable(prompt) for prompt in prompts]
         encodings_NH = np.zeros((len(prompts), self.width), dtype=np.float32)
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -59,6 +69,36 @@ class PromptEncoder:
         with torch.inference_mode():
             states_NTH = self._model(**tokens).last_hidden_state
         return pool(states_NTH, tokens["attention_mask"]).cpu().numpy()
+
+
+class RememberingEncoder:
+    """An encoder that keeps its latest encodings, so that a conversation costs one at each turn.
+
+    Several threads may call at once.
+    """
+
+    def __init__(self, encoder: PromptEncoder, capacity: int) -> None:
+        """Remember as many prompts as `capacity`: at a width of 384, two KB each."""
+        self._encoder = encoder
+        self._capacity = capacity
+        self._known: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """As `PromptEncoder.encode`; equal prompts are encoded once."""
+        # A prompt itself may be as large as a request.
+        keys = [hashlib.sha256(self._encoder.readable(prompt).encode()).digest() for prompt in prompts]
+        with self._lock:
+            found = {key: self._known[key] for key in keys if key in self._known}
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
+        found |= dict(zip(missing, self._encoder.encode(list(missing.values())), strict=True))
+        with self._lock:
+            for key in keys:
+                self._known[key] = found[key]
+                self._known.move_to_end(key)
+            while len(self._known) > self._capacity:
+                self._known.popitem(last=False)
+        return np.stack([found[key] for key in keys]) if keys else np.zeros((0, self._encoder.width), np.float32)
 
 
 def pool(states_NTH: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:

@@ -1,51 +1,98 @@
-"""The router deployment: reads prompts in small batches and names an expert for each."""
+"""The router deployment: reads conversations in small batches and names an expert for each."""
 
 import asyncio
-from contextlib import suppress
-from typing import cast
+from collections import OrderedDict
+from weakref import WeakValueDictionary
 
 from ray import serve
 
-from gradientspace_ray.examples.rendering import View, prompt_view
-from gradientspace_ray.registry import Registry
-from gradientspace_ray.router.classifier import Router, router_digest
-from gradientspace_ray.run import RunDirectory, RunError
-from gradientspace_ray.serving.messages import Choice, Message, RunChangedError
+from gradientspace_ray.router.classifier import ROUTER_FILES, Router, files_digest
+from gradientspace_ray.router.conversation import Turns, decide_together, turn_prompts
+from gradientspace_ray.router.encoder import PromptEncoder, RememberingEncoder
+from gradientspace_ray.run import MissingFileError, RunDirectory
+from gradientspace_ray.serving.messages import Choice, Place, RouteRequest, RunChangedError
 
 MAX_BATCH = 32
 MAX_ONGOING_PROMPTS = 4 * MAX_BATCH
 BATCH_WAIT_S = 0.002
+MAX_ROUTERS = 3
+"""The one that serves, the one that a release may bring, the one that a rollback goes to."""
+REMEMBERED_PROMPTS = 4096
 
 
 class PromptRouter:
-    """Prompt -> expert. Prompts that wait at the same time are encoded together."""
+    """Conversation -> expert. Conversations that wait at the same time are encoded together, whatever their router."""
 
-    def __init__(self, run_uri: str, registry: Registry) -> None:
-        """Load the router that the registry names.
-
-        Args:
-            run_uri: the run directory.
-            registry: what it held when the endpoint was started.
+    def __init__(self, place: Place) -> None:
+        """Load a first router; others are loaded when they are asked for.
 
         Raises:
-            RunChangedError: the run has another router by now, or none.
-            RouterError: the folder holds no router.
+            RunChangedError: the router is not there, or another one is.
+            RouterError: the files are not those of a router.
             ModelError: the router's encoder cannot be found.
         """
-        digest = None
-        with suppress(RunError, FileNotFoundError):  # a file is gone
-            folder = RunDirectory(run_uri).fetch(registry.router)
-            digest = router_digest(folder)
-        if digest != registry.router_digest:
-            raise RunChangedError(f"{registry.router} is no longer that of this endpoint; start the endpoint again")
-        self._router = Router.load(folder)
-        self._view = cast(View, self._router.view)
+        # An encoder lives as long as a router, or a batch under way, has it.
+        self._encoders: WeakValueDictionary[tuple[str, int], RememberingEncoder] = WeakValueDictionary()
+        self._routers = OrderedDict({place.id: self._load(place)})
+        self._loading = asyncio.Lock()
 
-    async def route(self, messages: list[Message]) -> Choice:
-        """The router's decision about one conversation."""
-        return await self._route_batch(prompt_view(messages, self._view))
+    async def route(self, request: RouteRequest) -> Choice:
+        """The router's decision about one conversation.
+
+        Raises:
+            RunChangedError, RouterError, ModelError: the router is not loaded, and cannot be; see the constructor.
+        """
+        router = await self._router(request.router)
+        return await self._route_batch(Turns(router, turn_prompts(request.messages, router.view)))
+
+    async def prepare(self, place: Place) -> None:
+        """Load a router ahead of its first request; the errors are those of `route`."""
+        await self._router(place)
+
+    async def check_health(self) -> None:
+        """Send a prompt the way that conversations go: where batches are stuck, Serve starts another replica."""
+        newest = next(reversed(self._routers.values()))
+        await self._route_batch(Turns(newest, [""]))
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
-    async def _route_batch(self, prompts: list[str]) -> list[Choice]:
-        decisions = await asyncio.to_thread(self._router.route, prompts)
-        return [Choice(decision.expert, decision.confidence, decision.reason) for decision in decisions]
+    async def _route_batch(self, conversations: list[Turns]) -> list[Choice]:
+        decisions = await asyncio.to_thread(decide_together, conversations)
+        return [
+            Choice(
+                expert=decision.expert,
+                confidence=decision.confidence,
+                reason=decision.reason,
+                probabilities=decision.probabilities,
+                second_best=decision.second_best,
+            )
+            for decision in decisions
+        ]
+
+    async def _router(self, place: Place) -> Router:
+        if place.id not in self._routers:
+            async with self._loading:
+                if place.id not in self._routers:
+                    self._routers[place.id] = await asyncio.to_thread(self._load, place)
+        self._routers.move_to_end(place.id)
+        router = self._routers[place.id]
+        while len(self._routers) > MAX_ROUTERS:
+            self._routers.popitem(last=False)
+        return router
+
+    def _load(self, place: Place) -> Router:
+        # Read anew, not fetched: a folder of the same name may have held another router before.
+        run, mend = RunDirectory(place.run_uri), f"release {place.run_uri} again, or start the endpoint again"
+        try:
+            files = {name: run.read_bytes(f"{place.folder}/{name}") for name in ROUTER_FILES}
+        except MissingFileError as error:
+            raise RunChangedError(f"{place.folder} no longer holds the router {place.id}; {mend}") from error
+        if files_digest(files) != place.id:
+            raise RunChangedError(f"{place.folder} no longer holds the router {place.id}; {mend}")
+        return Router.of_files(files, run.path(place.folder), self._encoder)
+
+    def _encoder(self, name: str, max_tokens: int) -> RememberingEncoder:
+        encoder = self._encoders.get((name, max_tokens))
+        if encoder is None:
+            encoder = RememberingEncoder(PromptEncoder(name, max_tokens), REMEMBERED_PROMPTS)
+            self._encoders[name, max_tokens] = encoder
+        return encoder

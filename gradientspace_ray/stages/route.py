@@ -24,6 +24,7 @@ from gradientspace_ray.router.classifier import (
     router_digest,
     save_router,
 )
+from gradientspace_ray.router.novelty import FALSE_ALARM_RATE, NoveltyFit, fit_novelty
 from gradientspace_ray.run import RunDirectory, Summary
 from gradientspace_ray.stages.encode import encodings
 
@@ -32,11 +33,12 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
     """Commit `router/`, then `registry.json`.
 
     The head learns prompt -> cluster on the training examples; temperature and threshold come from
-    `evaluation/losses.validation.parquet`.
+    `evaluation/losses.validation.parquet`; training and validation prompts say what is out of distribution.
     """
     experts = trained_experts(run)
     train_NH, validation_NH = encodings(recipe, run, ("train", "validation"))
     clustered_N, labels_N = _clusters(run)
+    groups = run.read_table("examples/train.parquet", ["split_key"])["split_key"].take(clustered_N).to_pylist()
     fit = fit_head(train_NH[clustered_N], labels_N, len(experts), recipe.seed)
     losses = run.read_table("evaluation/losses.validation.parquet")
     calibration = calibrate(
@@ -46,6 +48,7 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
         fit.heldout_logits_NK,
         labels_N[fit.heldout_N],
     )
+    novelty = fit_novelty(train_NH[clustered_N], labels_N, groups, validation_NH, recipe.seed)
     accuracy = _accuracy(fit, labels_N)
     settings = RouterSettings(
         encoder=recipe.router.encoder,
@@ -54,10 +57,11 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
         labels=tuple(expert.name for expert in experts),
         temperature=calibration.temperature,
         threshold=calibration.threshold.value,
-        calibration=_numbers(fit, accuracy, calibration),
+        min_similarity=novelty.min_similarity,
+        calibration=_numbers(fit, accuracy, calibration, novelty),
     )
     with run.staged("router", last=SETTINGS_FILE) as folder:
-        save_router(folder, fit.head, settings)
+        save_router(folder, fit.head, settings, novelty.sample_MH)
     write_registry(run, _registry(recipe, run, experts))
     accuracy_text = f"accuracy {accuracy:.0%} in cross-validation" if accuracy is not None else "not cross-validated"
     return Summary(
@@ -97,7 +101,7 @@ def _accuracy(fit: HeadFit, labels_N: np.ndarray) -> float | None:
     return float((fit.heldout_logits_NK.argmax(axis=1) == labels_N[fit.heldout_N]).mean())
 
 
-def _numbers(fit: HeadFit, accuracy: float | None, calibration: Calibration) -> dict[str, Any]:
+def _numbers(fit: HeadFit, accuracy: float | None, calibration: Calibration, novelty: NoveltyFit) -> dict[str, Any]:
     numbers = asdict(calibration)
     threshold = numbers.pop("threshold")
     return {
@@ -106,6 +110,13 @@ def _numbers(fit: HeadFit, accuracy: float | None, calibration: Calibration) -> 
         **numbers,
         "validation_loss": threshold["loss"],
         "validation_abstained": threshold["abstained"],
+        "out_of_distribution": {
+            "false_alarm_rate": FALSE_ALARM_RATE,
+            "training_prompts": novelty.training_prompts,
+            "training_false_alarms": novelty.training_false_alarms,
+            "validation_prompts": novelty.validation_prompts,
+            "validation_false_alarms": novelty.validation_false_alarms,
+        },
     }
 
 

@@ -19,12 +19,13 @@ from gradientspace_ray.models.loading import as_dtype, load_adapter, load_base
 from gradientspace_ray.recipe import Recipe
 from gradientspace_ray.registry import trained_experts
 from gradientspace_ray.router.classifier import Router
+from gradientspace_ray.router.conversation import route_conversations
 from gradientspace_ray.run import RunDirectory, Summary
 from gradientspace_ray.stages.progress import Bars, watched_board
 
 Split = Literal["validation", "test"]
 NLL = "nll/"
-PROMPTS_PER_UPDATE = 64
+CONVERSATIONS_PER_UPDATE = 64
 COMPARED = [("routed", GENERALIST), ("routed", SINGLE_LORA), ("routed", "best_single"), ("routed", BASE)]
 
 
@@ -108,20 +109,25 @@ def evaluate(recipe: Recipe, run: RunDirectory) -> Summary:
 
 
 def _with_decisions(run: RunDirectory, router: Router, split: Split, bars: Bars) -> pa.Table:
-    """A split's losses with the columns `split`, `routed` (the adapter that serves) and `confidence`."""
+    """A split's losses with the columns `split`, `routed` (the adapter that serves), `confidence` and `reason`.
+
+    An endpoint decides on the same conversations in the same way: on their last turn, in the light of earlier ones.
+    """
     losses = run.read_table(f"evaluation/losses.{split}.parquet")
-    prompts = run.read_table(f"examples/{split}.parquet", ["id", "prompt"])
-    if prompts["id"].to_pylist() != losses["id"].to_pylist():
+    examples = run.read_table(f"examples/{split}.parquet", ["id", "messages"])
+    if examples["id"].to_pylist() != losses["id"].to_pylist():
         raise ValueError(f"evaluation/losses.{split}.parquet is not about examples/{split}.parquet; run evaluate again")
-    texts = prompts["prompt"].to_pylist()
+    conversations = examples["messages"].to_pylist()
     decisions = []
-    for start in range(0, len(texts), PROMPTS_PER_UPDATE):
-        decisions += router.route(texts[start : start + PROMPTS_PER_UPDATE])
-        bars.update(f"routing {split}", len(decisions), len(texts))
+    for start in range(0, len(conversations), CONVERSATIONS_PER_UPDATE):
+        decisions += route_conversations(router, conversations[start : start + CONVERSATIONS_PER_UPDATE])
+        bars.update(f"routing {split}", len(decisions), len(conversations))
     routed = pa.array([decision.expert or GENERALIST for decision in decisions], pa.string())
     confidence = pa.array([decision.confidence for decision in decisions], pa.float64())
-    table = losses.add_column(1, "split", pa.array([split] * len(texts), pa.string()))
-    return table.append_column("routed", routed).append_column("confidence", confidence)
+    reason = pa.array([decision.reason for decision in decisions], pa.string())
+    table = losses.add_column(1, "split", pa.array([split] * len(decisions), pa.string()))
+    table = table.append_column("routed", routed).append_column("confidence", confidence)
+    return table.append_column("reason", reason)
 
 
 def _scores(recipe: Recipe, test: pa.Table, majority: dict[str, str]) -> dict[str, Any]:
@@ -151,6 +157,7 @@ def _scores(recipe: Recipe, test: pa.Table, majority: dict[str, str]) -> dict[st
         "router_accuracy": strategies.lowest_loss_accuracy(matrix, served),
         "router_domain_accuracy": strategies.domain_accuracy(majority, served, domains),
         "abstained": served.count(GENERALIST) / len(served),
+        "out_of_distribution": test["reason"].to_pylist().count("out_of_distribution") / len(served),
         "expert_domains": majority,
         "by_domain": strategies.group_means(columns, [domain or "none" for domain in domains]) if labelled else {},
         "by_routed": strategies.group_means(columns, served),
