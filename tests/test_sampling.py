@@ -8,7 +8,9 @@ from tiny_models import BYTES, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
 
-from gradientspace_ray.engine.sampling import MIN_TEMPERATURE, Sampler, Sampling, StopMatcher, TextDecoder
+from gradientspace_ray.engine.contract import Sampling
+from gradientspace_ray.engine.sampling import MIN_TEMPERATURE, Sampler
+from gradientspace_ray.engine.text import StopMatcher, TextDecoder
 
 TOKENIZER = byte_tokenizer()
 VOCABULARY = len(BYTES) + 3

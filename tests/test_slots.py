@@ -1,13 +1,15 @@
+import functools
 import json
-import threading
-import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from tiny_run import make_adapter
 
-from gradientspace_ray.engine.slots import AdapterFiles, Slots, read_adapter
+from gradientspace_ray.engine.adapters import AdapterFiles, read_adapter
+from gradientspace_ray.engine.slots import Slots
 from gradientspace_ray.models.loading import ModelError, load_base
 
 TOLERANCE = 1e-4  # float32: the same sums in another order
@@ -48,14 +50,20 @@ def peft_logits(model_dir, adapter, input_ids):
     return model(input_ids).logits
 
 
+def acquire(slots, adapter, **options):
+    return slots.acquire(adapter, {} if adapter is None else read_adapter(adapter.folder), **options)
+
+
 @torch.no_grad()
 def test_every_adapter_gives_peft_s_logits(tiny_model_dir, model, adapters):
     slots = Slots.like(model, adapters[0].folder, capacity=2)  # fewer slots than adapters: contents are replaced
     input_ids = token_ids(2)
     base = peft_logits(tiny_model_dir, None, input_ids)
     for adapter in [*adapters, None, adapters[0]]:
-        with slots.lease(adapter) as index, slots.rows([index, index]):
+        lease = acquire(slots, adapter)
+        with slots.rows([lease.index] * 2):
             logits = model(input_ids).logits
+        slots.release(lease)
         expected = peft_logits(tiny_model_dir, adapter, input_ids)
         torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
         assert adapter is None or (expected - base).abs().max() > 100 * TOLERANCE
@@ -69,102 +77,115 @@ def test_bfloat16_weights_are_as_near_to_float32_as_peft_s(tiny_model_dir, adapt
     input_ids = token_ids(2)
     exact = peft_logits(tiny_model_dir, adapters[0], input_ids)
     peft = PeftModel.from_pretrained(load_base(str(tiny_model_dir), "bfloat16"), adapters[0].folder).eval()
-    with slots.lease(adapters[0]) as index, slots.rows([index, index]):
+    with slots.rows([acquire(slots, adapters[0]).index] * 2):
         distance = (model(input_ids).logits.float() - exact).norm()
     assert distance <= 1.5 * (peft(input_ids).logits.float() - exact).norm()
     assert distance < 0.1 * (exact - peft_logits(tiny_model_dir, None, input_ids)).norm()
 
 
 @torch.no_grad()
-def test_rows_of_one_batch_use_different_adapters(tiny_model_dir, model, adapters):
-    slots = Slots.like(model, adapters[0].folder, capacity=4)
-    leases = [slots.acquire(adapter) for adapter in (*adapters, None, adapters[1])]
-    for lease in leases:
-        slots.load(lease)
-    input_ids = token_ids(len(leases))
-    with slots.rows([lease.index for lease in leases]):
-        logits = model(input_ids).logits
-    for row, lease in enumerate(leases):
-        expected = peft_logits(tiny_model_dir, lease.adapter, input_ids[row : row + 1])
-        torch.testing.assert_close(logits[row : row + 1], expected, atol=TOLERANCE, rtol=0)
+@settings(max_examples=40)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=5), min_size=1, max_size=6), st.integers(0, 3))
+def test_rows_of_one_batch_use_different_adapters(tiny_model_dir, adapters, batches, replaced):
+    """Batches of changing size and order, and one slot whose adapter is replaced on the way."""
+    model, slots = batch_model(tiny_model_dir, adapters)
+    choices = [*adapters, None]
+    for number, batch in enumerate(batches):
+        if number == len(batches) // 2:
+            lease = acquire(slots, AdapterFiles(f"again-{number}@0", choices[replaced].folder))
+            slots.release(lease)
+        leases = [acquire(slots, choices[choice]) for choice in batch]
+        input_ids = token_ids(len(batch), tokens=2)
+        with slots.rows([lease.index for lease in leases]):
+            logits = model(input_ids).logits
+        for lease in leases:
+            slots.release(lease)
+        expected = [
+            expected_logits(tiny_model_dir, adapters, choice)(input_ids[row : row + 1])
+            for row, choice in enumerate(batch)
+        ]
+        torch.testing.assert_close(logits, torch.cat(expected), atol=TOLERANCE, rtol=0)
+
+
+@functools.cache
+def _batch_model(model_dir, folder):
+    model = load_base(str(model_dir))
+    return model, Slots.like(model, folder, capacity=4)
+
+
+def batch_model(model_dir, adapters):
+    """One for all examples: what earlier ones left must not matter."""
+    return _batch_model(model_dir, adapters[0].folder)
+
+
+@functools.cache
+def _peft_model(model_dir, folder):
+    model = load_base(str(model_dir))
+    return model if folder is None else PeftModel.from_pretrained(model, folder).eval()
+
+
+def expected_logits(model_dir, adapters, choice):
+    folder = adapters[choice].folder if choice < len(adapters) else None
+    return lambda input_ids: _peft_model(model_dir, folder)(input_ids).logits
 
 
 def test_the_least_recently_used_free_slot_is_taken_and_never_one_in_use(model, adapters):
     slots = Slots.like(model, adapters[0].folder, capacity=2)
     first, second, third, fourth = adapters
-    held = slots.acquire(first)
-    slots.load(held)
-    with slots.lease(second):
-        assert slots.acquire(third) is None
-        again = slots.acquire(first)
-        assert again.index == held.index
-        slots.release(again)
-    with slots.lease(third):
-        assert set(slots.leases()) == {first.id, third.id}
+    held, other = acquire(slots, first), acquire(slots, second)
+    assert acquire(slots, third) is None
+    again = acquire(slots, first)
+    assert again.index == held.index
+    slots.release(again)
+    slots.release(other)
+    other = acquire(slots, third)
+    assert slots.leases() == {first.id: 1, third.id: 1}
     slots.release(held)
-    with slots.lease(fourth):  # `third` was used after `first` had been acquired
-        assert set(slots.leases()) == {third.id, fourth.id}
-    assert slots.leases() == {third.id: 0, fourth.id: 0}
+    slots.release(other)
+    other = acquire(slots, fourth)  # `third` was used after `first` had been acquired
+    assert slots.leases() == {third.id: 0, fourth.id: 1}
+    slots.release(other)
+    statistics = slots.statistics()
+    assert (statistics.loads, statistics.evictions) == (4, 2)
+    assert statistics.load_s > 0
 
 
-def test_a_full_pool_waits_for_a_lease_to_end(model, adapters):
+def test_only_an_unused_slot_is_taken_where_that_is_asked_for(model, adapters):
+    slots = Slots.like(model, adapters[0].folder, capacity=2)
+    first, second, third, _ = adapters
+    for adapter in (first, second):
+        slots.release(acquire(slots, adapter, unused=True))
+    assert acquire(slots, third, unused=True) is None
+    assert acquire(slots, first, unused=True) is not None
+    assert slots.leases() == {first.id: 1, second.id: 0}
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_slots_as_they_were(tiny_model_dir, model, adapters, tmp_path):
     slots = Slots.like(model, adapters[0].folder, capacity=1)
-    order = []
-
-    def second():
-        with slots.lease(adapters[1], timeout_s=30):
-            order.append("second in")
-
-    with slots.lease(adapters[0]):
-        with pytest.raises(TimeoutError, match="stayed in use"), slots.lease(adapters[1], timeout_s=0.01):
-            pass
-        thread = threading.Thread(target=second)
-        thread.start()
-        time.sleep(0.05)
-        order.append("first out")
-    thread.join(timeout=30)
-    assert order == ["first out", "second in"]
-
-
-@torch.no_grad()
-def test_a_late_load_of_an_ended_lease_does_not_pass_for_the_new_adapter(tiny_model_dir, model, adapters):
-    """A cancelled request's step may still load after its slot went to another adapter."""
-    slots = Slots.like(model, adapters[0].folder, capacity=1)
-    stale = slots.acquire(adapters[0])
-    slots.release(stale)
-    lease = slots.acquire(adapters[1])
-    slots.load(stale)
-    slots.load(lease)
+    slots.release(acquire(slots, adapters[0]))
+    large = make_adapter(tiny_model_dir, tmp_path / "large", 5, r=8)
+    with pytest.raises(ModelError, match="LoRA rank 8, these slots hold 4"):
+        acquire(slots, large)
+    assert slots.leases() == {adapters[0].id: 0}
     input_ids = token_ids(1)
-    with slots.rows([lease.index]):
+    with torch.no_grad(), slots.rows([acquire(slots, adapters[0]).index]):
         logits = model(input_ids).logits
-    expected = peft_logits(tiny_model_dir, adapters[1], input_ids)
-    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+    assert slots.statistics().loads == 1
+    torch.testing.assert_close(logits, peft_logits(tiny_model_dir, adapters[0], input_ids), atol=TOLERANCE, rtol=0)
 
 
-def test_an_adapter_that_cannot_be_loaded_leaves_its_slot_free(model, adapters, tmp_path):
-    slots = Slots.like(model, adapters[0].folder, capacity=1)
-    with (
-        pytest.raises(ModelError, match="not a PEFT adapter"),
-        slots.lease(AdapterFiles("missing@0", tmp_path / "missing")),
-    ):
-        pass
-    assert slots.leases() == {}
-    with slots.lease(adapters[0], timeout_s=1):
-        assert slots.leases() == {adapters[0].id: 1}
+def test_a_model_without_slots_says_so(model, adapters):
+    with pytest.raises(ModelError, match="no slot for adapters"):
+        acquire(Slots.like(model, adapters[0].folder, capacity=0), adapters[0])
 
 
-def test_what_fails_verification_is_not_loaded_and_leaves_its_slot_free(tiny_model_dir, model, adapters):
-    def verify(adapter):
-        if adapter.id == adapters[1].id:
-            raise RuntimeError("other weights")
-
-    slots = Slots.like(model, adapters[0].folder, capacity=1, verify=verify)
-    with pytest.raises(RuntimeError, match="other weights"), slots.lease(adapters[1]):
-        pass
-    assert slots.leases() == {}
-    with slots.lease(adapters[0], timeout_s=1):
-        assert slots.leases() == {adapters[0].id: 1}
+def test_rows_that_a_layer_does_not_see_are_refused(model, adapters):
+    """As the experts of a mixture see tokens: an adapter could reach another request's."""
+    slots = Slots.like(model, adapters[0].folder, capacity=2)
+    indices = [acquire(slots, adapter).index for adapter in adapters[:2]]
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    with slots.rows(indices), pytest.raises(ModelError, match="cannot be told apart"):
+        layer(torch.zeros(2, layer.base.in_features))
 
 
 @pytest.mark.parametrize(
@@ -195,12 +216,12 @@ def test_a_damaged_configuration_is_one_line(adapters, tmp_path, config):
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_of_another_shape_is_refused(tiny_model_dir, model, adapters, tmp_path):
+def test_an_adapter_of_another_shape_is_refused(model, adapters):
     slots = Slots.like(model, adapters[2].folder, capacity=1)
-    with pytest.raises(ModelError, match="which these slots do not hold"), slots.lease(adapters[0]):
-        pass
-    large = make_adapter(tiny_model_dir, tmp_path / "large", 5, r=8, target_modules=["q_proj", "down_proj"])
-    with pytest.raises(ModelError, match="LoRA rank 8, these slots hold 4"), slots.lease(large):
-        pass
+    with pytest.raises(ModelError, match="which these slots do not hold"):
+        acquire(slots, adapters[0])
+    a_RI, b_OR = torch.zeros(4, 32), torch.zeros(64, 4)
+    with pytest.raises(ModelError, match=r"made for another base model: .* is 32 -> 64 there"):
+        slots.acquire(adapters[2], {"model.layers.0.self_attn.q_proj": (a_RI, b_OR)})
     with pytest.raises(ModelError, match="no linear layer of that name"):
         Slots(model, ["model.layers.9.mlp.up_proj"], 4, 1)

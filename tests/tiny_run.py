@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gradientspace_ray.engine.slots import AdapterFiles
+from gradientspace_ray.engine.adapters import AdapterFiles
 from gradientspace_ray.models.loading import load_base, save_adapter
 from gradientspace_ray.registry import Adapter, Registry, adapter_digest, write_registry
 from gradientspace_ray.router.classifier import RouterSettings, fit_head, router_digest, save_router

@@ -1,33 +1,20 @@
-"""From logits to text: choosing tokens, decoding them piece by piece, and stopping.
+"""From logits to tokens: each row of a batch by the wishes of its own request.
 
-Shapes: V vocabulary.
+Shapes: N rows of a batch, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+from gradientspace_ray.engine.contract import Sampling, TokenLogprob
+
 # Below this a temperature is greedy: logits divided by less leave float32's range.
 MIN_TEMPERATURE = 1e-5
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one answer is generated."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    """0, or less than `MIN_TEMPERATURE`, is greedy."""
-    top_p: float = 1.0
-    """Nucleus sampling (arXiv 1904.09751): the fewest most likely tokens that hold this much probability."""
-    seed: int | None = None
-    """Equal seeds give equal answers; None draws a fresh one."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
+# The likeliest tokens that are sorted first to find a nucleus: nearly always enough, and much faster than sorting all.
+NUCLEUS_GUESS = 256
 
 
 class Sampler:
@@ -35,94 +22,102 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
+        self._counts: Counter[int] = Counter()
+        """How often the answer has each token."""
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
+        self._penalized = bool(sampling.presence_penalty or sampling.frequency_penalty)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is the likeliest of the model's own logits."""
+        return self._greedy and not self._penalized and not self._sampling.logit_bias
+
+    @property
+    def _greedy(self) -> bool:
+        return self._sampling.temperature < MIN_TEMPERATURE
+
+    def count(self, token: int) -> None:
+        """Tell of a token that the answer has from now on."""
+        if self._penalized:
+            self._counts[token] += 1
 
     def choose(self, logits_V: Tensor) -> int:
         """The next token. Draws happen on the CPU in float32, so that a seed means the same on every device."""
-        if self._sampling.temperature < MIN_TEMPERATURE:
+        logits_V = self._adjusted(logits_V.float().cpu())
+        if self._greedy:
             return int(logits_V.argmax())
-        probabilities_V = torch.softmax(logits_V.float().cpu() / self._sampling.temperature, dim=-1)
+        if 0 < self._sampling.top_k < len(logits_V):
+            logits_V, tokens_V = logits_V.topk(self._sampling.top_k)
+            return int(tokens_V[self._draw(logits_V)])
+        return self._draw(logits_V)
+
+    def _adjusted(self, logits_V: Tensor) -> Tensor:
+        """OpenAI's formula: mu_j - c_j * frequency_penalty - [c_j > 0] * presence_penalty + logit_bias_j."""
+        changes = dict(self._sampling.logit_bias)
+        for token, count in self._counts.items():
+            penalty = count * self._sampling.frequency_penalty + self._sampling.presence_penalty
+            changes[token] = changes.get(token, 0.0) - penalty
+        if not changes:
+            return logits_V
+        return logits_V.index_add(0, torch.tensor(list(changes)), torch.tensor(list(changes.values())))
+
+    def _draw(self, logits_V: Tensor) -> int:
+        """Position of the drawn token: one uniform number a token, so that a seed does not depend on the nucleus."""
+        probabilities_V = torch.softmax(logits_V / self._sampling.temperature, dim=-1)
+        uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
         if self._sampling.top_p >= 1:
-            return int(torch.multinomial(probabilities_V, 1, generator=self._generator))
-        sorted_V, tokens_V = probabilities_V.sort(descending=True, stable=True)
-        beyond_V = sorted_V.cumsum(0) - sorted_V >= self._sampling.top_p
-        beyond_V[0] = False
-        sorted_V[beyond_V] = 0
-        return int(tokens_V[torch.multinomial(sorted_V, 1, generator=self._generator)])
+            return _at(probabilities_V, uniform)
+        for size in sorted({min(NUCLEUS_GUESS, len(probabilities_V)), len(probabilities_V)}):
+            sorted_V, tokens_V = probabilities_V.topk(size)
+            before_V = sorted_V.cumsum(0, dtype=torch.float64) - sorted_V
+            if before_V[-1] >= self._sampling.top_p:
+                break
+        nucleus = max(1, int((before_V < self._sampling.top_p).sum()))
+        return int(tokens_V[_at(sorted_V[:nucleus], uniform)])
 
 
-class TextDecoder:
-    """Decodes tokens one by one; text comes out only when later tokens can no longer change it.
+def _at(weights_V: Tensor, uniform: Tensor) -> int:
+    """The position that a number in [0, 1) falls on, positions being as wide as their weights."""
+    ends_V = weights_V.cumsum(0, dtype=torch.float64)
+    position = int(torch.searchsorted(ends_V, uniform * ends_V[-1], right=True))
+    return min(position, len(weights_V) - 1)
 
-    A character may span several tokens, and some tokenizers strip or join at the start of a text. So each new token is
-    decoded behind the last complete piece, and what that piece alone gives is cut off. (`tokenizers.DecodeStream` does
-    the same, but cannot be flushed.) The pieces joined are the decoding of all tokens at once.
+
+def choose_tokens(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """The next token of every row; greedy rows are decided together, on the device of the logits."""
+    tokens = logits_NV.argmax(-1).tolist()
+    drawn = [row for row, sampler in enumerate(samplers) if not sampler.plain]
+    if drawn:
+        rows_NV = (logits_NV if len(drawn) == len(samplers) else logits_NV[drawn]).float().cpu()
+        for row, logits_V in zip(drawn, rows_NV, strict=True):
+            tokens[row] = samplers[row].choose(logits_V)
+    for token, sampler in zip(tokens, samplers, strict=True):
+        sampler.count(token)
+    return tokens
+
+
+def token_logprob(logits_V: Tensor, token: int, top: int, bytes_of: Callable[[int], bytes]) -> TokenLogprob:
+    """How likely the model held a token, by its own logits: before temperature, penalties and biases.
+
+    Args:
+        logits_V: the model's.
+        token: what was chosen.
+        top: how many alternatives to tell.
+        bytes_of: see `token_bytes`.
     """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._context: list[int] = []
-        """Tokens of the last piece that came out."""
-        self._pending: list[int] = []
-        """Tokens since then."""
-
-    def push(self, token: int) -> str:
-        """The text that this token completes, maybe none."""
-        self._pending.append(token)
-        text = self._new_text()
-        if not text or text.endswith(REPLACEMENT):
-            return ""
-        self._context, self._pending = self._pending, []
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end: bytes that never became a character are replaced."""
-        text = self._new_text()
-        self._context, self._pending = self._pending, []
-        return text
-
-    def _new_text(self) -> str:
-        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    logprobs_V = torch.log_softmax(logits_V.float(), dim=-1)
+    best = logprobs_V.topk(min(top, len(logprobs_V)))
+    likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    alternatives = tuple(_entry(other, logprob, bytes_of) for other, logprob in likeliest)
+    return _entry(token, float(logprobs_V[token]), bytes_of, alternatives)
 
 
-class StopMatcher:
-    """Finds stop texts in a stream of text, across the borders of its pieces.
-
-    Text that may be the beginning of a stop text is held back until it is known to be none.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-        self.found = False
-        """Whether a stop text came; nothing comes out after it."""
-
-    def push(self, text: str) -> str:
-        """The part of the text so far that can be shown now."""
-        if self.found:
-            return ""
-        text = self._held + text
-        starts = [start for stop in self._stop if (start := text.find(stop)) >= 0]
-        if starts:
-            self.found, self._held = True, ""
-            return text[: min(starts)]
-        kept = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[kept:]
-        return text[:kept]
-
-    def flush(self) -> str:
-        """What was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+def _entry(
+    token: int, logprob: float, bytes_of: Callable[[int], bytes], top: tuple[TokenLogprob, ...] = ()
+) -> TokenLogprob:
+    raw = bytes_of(token)
+    return TokenLogprob(raw.decode(errors="replace"), logprob, tuple(raw), top)

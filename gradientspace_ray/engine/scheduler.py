@@ -1,93 +1,132 @@
-"""Generation for many requests at once on one model, each with its own adapter.
+"""Generation for many requests at once on one model, each with its own adapter: continuous batching.
 
-All work on the model happens on one thread. Each request has at most one step (one token) in that thread's queue, and
-the queue is first come, first served: requests advance in turn, one token each, and no adapter can starve another.
+All work on the model happens on one thread, in rounds. Event loops hand it requests, and it hands them the pieces of
+their answers.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Collection, Sequence
+from typing import Any, TypeVar
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gradientspace_ray.engine.sampling import Sampler, Sampling, StopMatcher, TextDecoder
-from gradientspace_ray.engine.slots import BASE_SLOT, AdapterFiles, Lease, Slots
+from gradientspace_ray.engine.adapters import AdapterFiles, HostCache, Matrices
+from gradientspace_ray.engine.batch import BatchedModel
+from gradientspace_ray.engine.contract import Piece, Sampling
+from gradientspace_ray.engine.prefix import PrefixCache
+from gradientspace_ray.engine.request import Request
+from gradientspace_ray.engine.rounds import EngineStatistics, Outcome, Rounds
+from gradientspace_ray.engine.sampling import Sampler
+from gradientspace_ray.engine.slots import Slots
+from gradientspace_ray.engine.text import AnswerText, token_bytes
 
-FinishReason = Literal["stop", "length"]
+# Tokens of cache for each row, on average, where nothing else is asked for.
+ROW_TOKENS = 2048
+PREFIX_TOKENS = 8192
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
-class PromptTooLongError(ValueError):
+class PromptError(ValueError):
+    """A request that this model cannot read."""
+
+
+class PromptTooLongError(PromptError):
     """A prompt that leaves no room for an answer in the model's context."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """The next part of an answer."""
-
-    text: str
-    finish_reason: FinishReason | None
-    """Set on the last piece: `stop` at an end-of-text token or a stop text, `length` at the limit."""
-    completion_tokens: int
-    """Tokens generated so far, an end-of-text token included."""
+class UnknownTokenError(PromptError):
+    """A token that the model does not have."""
 
 
-@dataclass
-class _Request:
-    tokens: list[int]
-    """Not yet in the cache: the prompt at first, then the latest token."""
-    lease: Lease
-    max_tokens: int
-    cache: DynamicCache
-    sampler: Sampler
-    decoder: TextDecoder
-    stops: StopMatcher
-    generated: int = 0
-    finish_reason: FinishReason | None = field(default=None)
+class EngineClosedError(RuntimeError):
+    """The engine was closed, or its thread ended."""
 
 
 class Engine:
-    """Generates with one base model and the adapters of its slots. Use it from one event loop."""
+    """Generates with one base model and the adapters of its slots. Any number of event loops may use it."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         slots: Slots,
+        *,
+        host: HostCache | None = None,
         compute_dtype: torch.dtype = torch.float32,
+        max_rows: int = 16,
+        prefill_tokens: int = 256,
+        cache_tokens: int | None = None,
+        prefix_tokens: int = PREFIX_TOKENS,
     ) -> None:
-        """Start the engine's thread.
+        """Check that the model can be batched, and start the engine's thread.
 
         Args:
             model: the base model, its layers wrapped by `slots`.
             tokenizer: the base model's.
-            slots: where adapters are held.
+            slots: where adapters are held; from now on the engine's thread alone acquires and releases.
+            host: adapters in this machine's memory; None is one without verification.
             compute_dtype: type of the matrix products, by autocast; float32 leaves them in the type of the weights.
+            max_rows: requests that generate at once.
+            prefill_tokens: tokens of a prompt that are read between two tokens of the other requests.
+            cache_tokens: rows in use x tokens of the longest of them, at most; None is `ROW_TOKENS` a row.
+            prefix_tokens: tokens whose keys and values are kept for requests that begin alike; 0 is none.
+
+        Raises:
+            ModelError: a batch of rows would not give the model's own logits.
         """
-        self._model = model
-        self._compute_dtype = compute_dtype
+        if cache_tokens is None:
+            cache_tokens = max_rows * ROW_TOKENS
+        self._batched = BatchedModel(model, slots, max_rows, cache_tokens, compute_dtype)
+        self.context_tokens = min(self._batched.context_tokens, cache_tokens)
+        """Most tokens of a prompt and its answer together."""
         self._tokenizer = tokenizer
-        self._slots = slots
-        self._end_tokens = _end_tokens(model, tokenizer)
-        self.context_tokens: int = model.config.get_text_config().max_position_embeddings
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._turn = asyncio.Lock()
-        self._freed = asyncio.Event()
+        self._slots, self._host = slots, host or HostCache()
+        self._rounds = Rounds(
+            self._batched,
+            slots,
+            PrefixCache(prefix_tokens),
+            max_rows,
+            prefill_tokens,
+            _end_tokens(model, tokenizer),
+            token_bytes(tokenizer),
+        )
+        self._statistics = self._rounds.statistics()
+        # What other threads hand to the engine's, guarded by the condition.
+        self._changed = threading.Condition()
+        self._arrived: deque[Request] = deque()
+        self._departed: deque[Request] = deque()
+        self._prefetched: deque[tuple[AdapterFiles, Matrices]] = deque()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
     def check(self, prompt_ids: Sequence[int]) -> int:
         """How many tokens an answer to this prompt can have at most.
 
         Raises:
             PromptTooLongError: none.
+            UnknownTokenError: the prompt has a token that the model does not.
         """
         room = self.context_tokens - len(prompt_ids)
         if room < 1 or not prompt_ids:
             raise PromptTooLongError(
                 f"the prompt has {len(prompt_ids)} tokens; this model reads 1 to {self.context_tokens - 1}"
             )
+        self._check_tokens("the prompt", prompt_ids)
         return room
+
+    def _check_tokens(self, place: str, tokens: Collection[int]) -> None:
+        unknown = [token for token in (min(tokens), max(tokens)) if not 0 <= token < self._batched.vocabulary]
+        if unknown:
+            raise UnknownTokenError(
+                f"{place} has the token {unknown[0]}; this model's are 0 to {self._batched.vocabulary - 1}"
+            )
 
     async def submit(
         self, prompt_ids: Sequence[int], sampling: Sampling, adapter: AdapterFiles | None = None
@@ -96,7 +135,7 @@ class Engine:
 
         Args:
             prompt_ids: the rendered prompt.
-            sampling: how to choose tokens and when to stop.
+            sampling: how to choose tokens and when to stop; at least one token is generated.
             adapter: None is the base model.
 
         Yields:
@@ -104,77 +143,121 @@ class Engine:
 
         Raises:
             PromptTooLongError: the prompt fills the model's context.
+            UnknownTokenError: the prompt or the logit bias has a token that the model does not.
             ModelError: the adapter cannot be loaded. Other requests go on.
+            EngineClosedError: the engine was closed.
+            Exception: what the host cache's `verify` raises, or a failed step of the model.
         """
+        submitted_s = time.perf_counter()
         room = self.check(prompt_ids)
-        lease = await self._lease(adapter)
+        if sampling.logit_bias:
+            self._check_tokens("logit_bias", sampling.logit_bias)
+        request = Request(
+            prompt=list(prompt_ids),
+            sampling=sampling,
+            max_tokens=max(1, min(sampling.max_tokens, room)),
+            adapter=adapter,
+            matrices={} if adapter is None else await asyncio.to_thread(self._host.get, adapter),
+            sampler=Sampler(sampling),
+            text=AnswerText(self._tokenizer, sampling.stop),
+            loop=asyncio.get_running_loop(),
+            submitted_s=submitted_s,
+        )
+        self._tell(self._arrived, request)
         try:
-            request = _Request(
-                tokens=list(prompt_ids),
-                lease=lease,
-                max_tokens=min(sampling.max_tokens, room),
-                cache=DynamicCache(config=self._model.config),
-                sampler=Sampler(sampling),
-                decoder=TextDecoder(self._tokenizer),
-                stops=StopMatcher(sampling.stop),
-            )
-            loop = asyncio.get_running_loop()
-            while request.finish_reason is None:
-                piece = await loop.run_in_executor(self._thread, self._step, request)
-                if piece.text or piece.finish_reason:
-                    yield piece
+            while True:
+                piece = await request.pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+                if piece.finish_reason:
+                    return
         finally:
-            # A step that was under way when the request was cancelled may still read this slot. That is harmless: a new
-            # adapter is loaded on the same thread, after it.
-            self._slots.release(lease)
-            self._freed.set()
+            with self._changed:
+                self._departed.append(request)
+                self._changed.notify()
 
-    async def _lease(self, adapter: AdapterFiles | None) -> Lease:
-        """Wait for a slot. Whoever waits is not overtaken, or requests for resident adapters could starve it."""
-        if adapter is None:
-            return Lease(BASE_SLOT, None)
-        async with self._turn:
-            while (lease := self._slots.acquire(adapter)) is None:
-                self._freed.clear()
-                await self._freed.wait()
-        return lease
+    def _tell(self, inbox: deque[T], item: T) -> None:
+        with self._changed:
+            if self._closed or not self._thread.is_alive():
+                raise EngineClosedError("the engine has stopped; start the endpoint again")
+            inbox.append(item)
+            self._changed.notify()
 
-    @torch.inference_mode()
-    def _step(self, request: _Request) -> Piece:
-        """One token of one request: the first call reads the whole prompt."""
-        self._slots.load(request.lease)
-        input_ids = torch.tensor([request.tokens], device=self._model.device)
-        autocasts = self._compute_dtype != torch.float32
-        with (
-            self._slots.rows([request.lease.index]),
-            torch.autocast(input_ids.device.type, dtype=self._compute_dtype, enabled=autocasts),
-        ):
-            output = self._model(input_ids, past_key_values=request.cache, use_cache=True, logits_to_keep=1)
-        token = request.sampler.choose(output.logits[0, -1])
-        request.tokens = [token]
-        request.generated += 1
-        if token in self._end_tokens:
-            request.finish_reason, text = "stop", ""
-        else:
-            text = request.stops.push(request.decoder.push(token))
-            if request.stops.found:
-                request.finish_reason = "stop"
-            elif request.generated >= request.max_tokens:
-                request.finish_reason = "length"
-        if request.finish_reason and not request.stops.found:
-            text += request.stops.push(request.decoder.flush())
-            if request.stops.found:
-                request.finish_reason = "stop"
-            text += request.stops.flush()
-        return Piece(text, request.finish_reason, request.generated)
+    async def prefetch(self, adapter: AdapterFiles) -> None:
+        """Read an adapter that may be asked for soon, and put it into a slot that was never used, if there is one.
+
+        A failure is logged; whoever asks for the adapter will see it.
+        """
+        try:
+            self._tell(self._prefetched, (adapter, await asyncio.to_thread(self._host.get, adapter)))
+        except Exception as error:
+            log.warning("%s cannot be prefetched: %s", adapter.id, error, exc_info=True)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine's thread is at work, or waits for some."""
+        return self._thread.is_alive()
 
     def leases(self) -> dict[str, int]:
         """Adapter -> number of requests that use it now, for every adapter that has a slot."""
         return self._slots.leases()
 
+    def statistics(self) -> EngineStatistics:
+        """What the engine does, as of its last round."""
+        return self._statistics
+
     def close(self) -> None:
-        """Finish the step under way and end the thread; requests still running fail."""
-        self._thread.shutdown(cancel_futures=True)
+        """Finish the round under way and end the thread; requests still running fail."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        """The engine's thread."""
+        try:
+            while self._wait():
+                outcomes = self._rounds.run()
+                self._statistics = self._rounds.statistics()
+                _deliver(outcomes)
+        finally:
+            with self._changed:
+                self._closed = True
+                left = [*self._rounds.end(), *self._arrived]
+            _deliver([(request, EngineClosedError("the engine has stopped")) for request in left])
+
+    def _wait(self) -> bool:
+        """Take what other threads brought; sleep when there is nothing to do. False when the engine is closed."""
+        with self._changed:
+            while not (self._closed or self._arrived or self._departed or self._prefetched or self._rounds.busy):
+                self._changed.wait()
+            while self._arrived:
+                self._rounds.push(self._arrived.popleft())
+            while self._departed:
+                self._rounds.drop(self._departed.popleft())
+            while self._prefetched:
+                self._rounds.preload(*self._prefetched.popleft())
+            return not self._closed
+
+
+def _deliver(outcomes: list[tuple[Request, Outcome]]) -> None:
+    """Hand a round's outcomes over, in one call to each event loop."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[Request, Outcome]]] = {}
+    for request, outcome in outcomes:
+        loops.setdefault(request.loop, []).append((request, outcome))
+    for loop, items in loops.items():
+        try:
+            loop.call_soon_threadsafe(_hand_over, items)
+        except RuntimeError:  # the loop is closed, so nobody waits for these answers
+            for request, _ in items:
+                request.gone = True
+
+
+def _hand_over(items: list[tuple[Request, Outcome]]) -> None:
+    for request, outcome in items:
+        request.pieces.put_nowait(outcome)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

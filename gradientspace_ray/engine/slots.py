@@ -1,108 +1,35 @@
-"""Adapters in stacked slots, so that every row of a batch can use another adapter.
+"""Adapters in slots, so that every row of a batch can use another adapter.
 
-Each adapted linear layer keeps the adapters of all slots in two tensors. Slot 0 is all zeros: the base model. Smaller
-adapters are padded with zeros up to the stack's LoRA rank, and the scaling (alpha / r) is folded into B, so that a row
-costs two matrix products, whatever it uses.
+A slot is one row of a matrix, and every adapted linear layer has its own columns of it, so that a whole adapter moves
+in one copy. Slot 0 is all zeros: the base model. Smaller adapters are padded with zeros up to the slots' LoRA rank, and
+the scaling (alpha / r) is folded into B.
 
-Shapes: S slots, R LoRA rank of the stack, I and O input and output width of a layer, N rows of a batch, T tokens.
+Rows that all use one slot multiply with its matrices where they are. Rows of different slots need one matrix each, in
+one stack: they have copies, made when a row's slot changes and not at every step, because a step of one token takes
+about as long as reading the weights.
+
+Shapes: S slots, P parameters of a slot, R LoRA rank of the slots, I and O input and output width of a layer, N rows of
+a batch, T tokens.
 """
 
 import itertools
-import json
-import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from gradientspace_ray.models.loading import CONFIG_FILE, LORA_A, LORA_B, PEFT_PREFIX, WEIGHTS_FILE, ModelError
+from gradientspace_ray.engine.adapters import AdapterFiles, Matrices, read_adapter
+from gradientspace_ray.models.loading import ModelError
 
 BASE_SLOT = 0
-# Keys of PEFT's LoRA configuration that change the forward pass in ways that slots do not compute.
-UNSUPPORTED_KEYS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
-
-
-def read_adapter(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read a PEFT folder: layer name -> (A [r, I], B [O, r]), float32 as stored, the scaling folded into B.
-
-    Raises:
-        ModelError: the folder is no LoRA adapter, or one that uses a feature that slots do not compute (named).
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        weights = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
-        raise ModelError(f"{folder}: not a PEFT adapter ({str(error).splitlines()[0]})") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder}: not a PEFT adapter ({CONFIG_FILE} holds no JSON object)")
-    _refuse_unsupported(folder, config)
-    matrices = {}
-    for key in sorted(key for key in weights if key.endswith(LORA_A)):
-        name = key.removeprefix(PEFT_PREFIX).removesuffix(LORA_A)
-        a_RI, b_OR = weights.pop(key), weights.pop(key.removesuffix(LORA_A) + LORA_B, None)
-        if b_OR is None or a_RI.ndim != 2 or b_OR.ndim != 2 or a_RI.shape[0] != b_OR.shape[1]:
-            raise ModelError(f"{folder}: {name}: lora_A and lora_B do not fit together; save the adapter again")
-        matrices[name] = a_RI, b_OR * _scaling(config, name, a_RI.shape[0])
-    if weights or not matrices:
-        found = f"cannot serve {sorted(weights)[0]}" if weights else "holds no LoRA weights"
-        raise ModelError(f"{folder}: {found}; only LoRA on linear layers is served")
-    return matrices
-
-
-def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
-    used = [key for key in UNSUPPORTED_KEYS if config.get(key)]
-    if config.get("peft_type") != "LORA":
-        used.insert(0, f"peft_type {config.get('peft_type')}")
-    if config.get("bias", "none") != "none":
-        used.append(f"bias {config['bias']}")
-    if used:
-        raise ModelError(f"{folder}: adapters with {', '.join(used)} cannot be served; train plain LoRA")
-
-
-def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
-    """PEFT's factor of B A: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732, equation 5)."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), name), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """An adapter and where its PEFT folder is on this machine."""
-
-    id: str
-    """Names one content for ever (`name@digest`)."""
-    folder: Path
-
-
-Verify = Callable[[AdapterFiles], None]
-"""Raises when a folder does not hold what its id names. It is called after the folder was read, so that a folder
-that is replaced in between is refused too."""
+# Matrices begin at multiples of this many numbers, as the kernels for GPUs and for wide vectors like them.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -114,65 +41,76 @@ class Lease:
     """None is the base model, in slot 0."""
 
 
+@dataclass(frozen=True)
+class SlotStatistics:
+    """What happened to the slots so far."""
+
+    leases: dict[str, int]
+    """Adapter -> number of leases, for every adapter that has a slot."""
+    loads: int
+    evictions: int
+    load_s: float
+    """Seconds, of all loads together."""
+
+
 class _Active:
-    """Which slot each row of the coming forward pass uses: one slot for all rows, or one index a row."""
+    """Which slot the rows of the coming forward pass use: one for all, or each row its copy."""
 
     slot: int = BASE_SLOT
-    slots_N: Tensor | None = None
+    rows: int | None = None
+    """Number of rows with copies of their own."""
 
 
 class SlottedLinear(nn.Module):
     """A frozen linear layer with the A and B of every slot."""
 
-    def __init__(self, base: nn.Linear, slots: int, lora_rank: int, active: _Active) -> None:
+    def __init__(self, base: nn.Linear, active: _Active) -> None:
         super().__init__()
         self.base = base
         self._active = active
         self.a_SRI: Tensor
-        self.b_SOR: Tensor
-        weight = base.weight
-        self.register_buffer("a_SRI", weight.new_zeros(slots, lora_rank, base.in_features), persistent=False)
-        self.register_buffer("b_SOR", weight.new_zeros(slots, base.out_features, lora_rank), persistent=False)
+        self.b_SRO: Tensor
+        self.a_NIR: Tensor
+        self.b_NRO: Tensor
 
     def forward(self, x_NTI: Tensor) -> Tensor:
-        """[N, T, I] -> [N, T, O]; with one slot for all rows, any leading dimensions will do."""
-        y_NTO = self.base(x_NTI)
-        slots_N = self._active.slots_N
-        if slots_N is not None:
-            a_NIR, b_NRO = self.a_SRI[slots_N].mT, self.b_SOR[slots_N].mT
-            return y_NTO + torch.bmm(torch.bmm(x_NTI, a_NIR), b_NRO)
+        """[N, T, I] -> [N, T, O]; with one slot for all rows, any leading dimensions will do.
+
+        Raises:
+            ModelError: rows of different slots came in another shape.
+        """
+        y_NTO: Tensor = self.base(x_NTI)
+        if self._active.rows is not None:
+            if x_NTI.ndim != 3 or x_NTI.shape[0] != self._active.rows:
+                raise ModelError(
+                    f"a linear layer reads {list(x_NTI.shape)} for {self._active.rows} rows, so their adapters cannot "
+                    "be told apart; serve a base model of another architecture"
+                )
+            return torch.baddbmm(y_NTO, torch.bmm(x_NTI, self.a_NIR), self.b_NRO)
         slot = self._active.slot
         if slot == BASE_SLOT:
             return y_NTO
-        return y_NTO + linear(linear(x_NTI, self.a_SRI[slot]), self.b_SOR[slot])
+        u_NTR = linear(x_NTI, self.a_SRI[slot])
+        return torch.addmm(y_NTO.flatten(0, -2), u_NTR.flatten(0, -2), self.b_SRO[slot]).view_as(y_NTO)
 
 
 @dataclass
 class _Slot:
     adapter_id: str | None = None
-    """The adapter that the slot is meant for."""
-    contents: str | None = None
-    """The adapter whose weights are in the tensors."""
     users: int = 0
     last_used: int = 0
+    version: int = 0
+    """Another number for every content that the slot had."""
 
 
 class Slots:
     """A model's adapter slots and who uses them.
 
     An adapter in use is never evicted: a slot is given to another adapter only when its last lease has ended, the least
-    recently used first. Bookkeeping (`acquire`, `release`) is instant and safe from any thread. `load` and the forward
-    pass belong to one thread at a time, because they touch the weights.
+    recently used first. All but `leases` and `statistics` belongs to one thread, that of the forward pass.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        modules: Iterable[str],
-        lora_rank: int,
-        capacity: int,
-        verify: Verify | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, modules: Iterable[str], lora_rank: int, capacity: int) -> None:
         """Wrap linear layers of `model` in place.
 
         Args:
@@ -180,13 +118,11 @@ class Slots:
             modules: full names of the linear layers that adapters may change.
             lora_rank: the largest rank that an adapter may have.
             capacity: adapters held at once, slot 0 not counted.
-            verify: see `Verify`.
 
         Raises:
             ModelError: a name is no linear layer of this model.
         """
         self.lora_rank = lora_rank
-        self._verify = verify
         self._active = _Active()
         self._layers: dict[str, SlottedLinear] = {}
         found = dict(model.named_modules())
@@ -194,82 +130,111 @@ class Slots:
             layer = found.get(name)
             if not isinstance(layer, nn.Linear):
                 raise ModelError(f"{name}: an adapter changes it, but this base model has no linear layer of that name")
-            self._layers[name] = SlottedLinear(layer, capacity + 1, lora_rank, self._active)
+            self._layers[name] = SlottedLinear(layer, self._active)
             model.set_submodule(name, self._layers[name])
+        self._columns, width = self._layout()
+        like = next((layer.base.weight for layer in self._layers.values()), torch.empty(0))
+        self._slots_SP = like.new_zeros(capacity + 1, width)
+        self._rows_NP = like.new_zeros(0, width)
+        self._row_contents: list[tuple[int, int] | None] = []
+        """Slot and version of each row's copy."""
+        self._viewed = 0
+        """How many rows' copies the layers see."""
+        for name, layer in self._layers.items():
+            layer.a_SRI, layer.b_SRO = self._matrices(name, self._slots_SP)
         self._slots = [_Slot() for _ in range(capacity + 1)]
         self._clock = itertools.count(1)
-        self._changed = threading.Condition()
-        self._loading = threading.Lock()
+        self._lock = threading.Lock()
+        self._loads, self._evictions, self._load_s = 0, 0, 0.0
 
     @classmethod
-    def like(cls, model: nn.Module, folder: str | Path, capacity: int, verify: Verify | None = None) -> "Slots":
+    def like(cls, model: nn.Module, folder: str | Path, capacity: int) -> "Slots":
         """Slots for adapters of the same shape as the PEFT adapter in `folder` (its layers, its largest rank)."""
         matrices = read_adapter(folder)
-        return cls(model, matrices, max(a_RI.shape[0] for a_RI, _ in matrices.values()), capacity, verify)
+        return cls(model, matrices, max(a_RI.shape[0] for a_RI, _ in matrices.values()), capacity)
 
-    def acquire(self, adapter: AdapterFiles | None) -> Lease | None:
-        """Take a lease on an adapter's slot; end it with `release`.
+    def _layout(self) -> tuple[dict[str, tuple[int, int]], int]:
+        """Layer -> where its A and its B begin in a slot; and the size of a slot."""
+        columns, end = {}, 0
+        for name, layer in self._layers.items():
+            starts = []
+            for width in (layer.base.in_features, layer.base.out_features):
+                starts.append(end)
+                end += -(-self.lora_rank * width // ALIGNMENT) * ALIGNMENT
+            columns[name] = (starts[0], starts[1])
+        return columns, end
+
+    def _matrices(self, name: str, stack_SP: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of a layer's A [S, R, I] and B [S, R, O] in a stack of slots."""
+        base, rank = self._layers[name].base, self.lora_rank
+        a, b = self._columns[name]
+        a_SRI = stack_SP[:, a : a + rank * base.in_features].unflatten(1, (rank, base.in_features))
+        b_SRO = stack_SP[:, b : b + rank * base.out_features].unflatten(1, (rank, base.out_features))
+        return a_SRI, b_SRO
+
+    def acquire(self, adapter: AdapterFiles | None, matrices: Matrices, unused: bool = False) -> Lease | None:
+        """Take a lease on an adapter's slot, loaded; end it with `release`.
+
+        Args:
+            adapter: None is the base model.
+            matrices: the adapter's, copied into the slot if it is not there already.
+            unused: take only a slot that holds nothing yet.
 
         Returns:
-            None when every slot is in use by another adapter. Before the first forward pass with the lease: `load`.
+            None when every slot is in use by another adapter.
+
+        Raises:
+            ModelError: the adapter does not fit this model or these slots; the slots keep what they hold.
         """
         if adapter is None:
             return Lease(BASE_SLOT, None)
-        with self._changed:
-            index = self._find(adapter.id)
-            if index is None:
-                return None
-            slot = self._slots[index]
-            slot.adapter_id = adapter.id
+        if len(self._slots) == 1:
+            raise ModelError(f"{adapter.folder}: this engine has no slot for adapters; set at least one")
+        index = self._find(adapter.id, unused)
+        if index is None:
+            return None
+        slot = self._slots[index]
+        if slot.adapter_id != adapter.id:
+            self._check_fit(adapter.folder, matrices)
+            self._load(index, adapter.id, matrices)
+        with self._lock:
             slot.users += 1
             slot.last_used = next(self._clock)
-            return Lease(index, adapter)
+        return Lease(index, adapter)
 
-    def _find(self, adapter_id: str) -> int | None:
+    def _find(self, adapter_id: str, unused: bool) -> int | None:
         candidates = range(1, len(self._slots))
         for index in candidates:
             if self._slots[index].adapter_id == adapter_id:
                 return index
         free = [index for index in candidates if not self._slots[index].users]
+        if unused:
+            free = [index for index in free if self._slots[index].adapter_id is None]
         return min(free, key=lambda index: self._slots[index].last_used, default=None)
 
-    def release(self, lease: Lease) -> None:
-        """End a lease. The adapter stays until its slot is needed."""
-        if lease.adapter is None:
-            return
-        with self._changed:
-            slot = self._slots[lease.index]
-            slot.users -= 1
-            if not slot.users and slot.contents != slot.adapter_id:
-                slot.adapter_id, slot.last_used = None, 0
-            self._changed.notify_all()
+    @torch.inference_mode()
+    def _load(self, index: int, adapter_id: str, matrices: Matrices) -> None:
+        started = time.perf_counter()
+        slot = self._slots[index]
+        with self._lock:
+            self._evictions += slot.adapter_id is not None
+            slot.adapter_id, slot.last_used = None, 0  # until all is copied
+            slot.version = next(self._clock)
+        if not all(self._fills(name, matrices) for name in self._layers):
+            self._slots_SP[index].zero_()
+        for name, (a_RI, b_OR) in matrices.items():
+            layer, rank = self._layers[name], a_RI.shape[0]
+            layer.a_SRI[index, :rank].copy_(a_RI)
+            layer.b_SRO[index, :rank].copy_(b_OR.T)
+        with self._lock:
+            slot.adapter_id = adapter_id
+            self._loads += 1
+            self._load_s += time.perf_counter() - started
 
-    def load(self, lease: Lease) -> None:
-        """Read the adapter into its slot; nothing happens when it is there already.
+    def _fills(self, name: str, matrices: Matrices) -> bool:
+        return name in matrices and matrices[name][0].shape[0] == self.lora_rank
 
-        Raises:
-            ModelError: the adapter does not fit this model or these slots.
-            Exception: what `verify` raises; the slot keeps what it held.
-        """
-        slot = self._slots[lease.index]
-        if lease.adapter is None or slot.contents == lease.adapter.id:
-            return
-        with self._loading:
-            matrices = read_adapter(lease.adapter.folder)
-            if self._verify is not None:
-                self._verify(lease.adapter)
-            self._check_fit(lease.adapter.folder, matrices)
-            slot.contents = None
-            for name, layer in self._layers.items():
-                layer.a_SRI[lease.index].zero_()
-                layer.b_SOR[lease.index].zero_()
-                if name in matrices:
-                    a_RI, b_OR = matrices[name]
-                    layer.a_SRI[lease.index, : a_RI.shape[0]].copy_(a_RI)
-                    layer.b_SOR[lease.index, :, : b_OR.shape[1]].copy_(b_OR)
-            slot.contents = lease.adapter.id
-
-    def _check_fit(self, folder: Path, matrices: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def _check_fit(self, folder: Path, matrices: Matrices) -> None:
         for name, (a_RI, b_OR) in matrices.items():
             layer = self._layers.get(name)
             if layer is None:
@@ -283,29 +248,11 @@ class Slots:
             if a_RI.shape[0] > self.lora_rank:
                 raise ModelError(f"{folder}: {name} has LoRA rank {a_RI.shape[0]}, these slots hold {self.lora_rank}")
 
-    @contextmanager
-    def lease(self, adapter: AdapterFiles | None, timeout_s: float | None = None) -> Iterator[int]:
-        """Hold an adapter for the length of the block, loaded; yields its slot. Waits while others use all slots.
-
-        Raises:
-            TimeoutError: no slot came free within `timeout_s`.
-            ModelError: see `load`.
-        """
-        taken: list[Lease] = []
-
-        def take() -> bool:
-            lease = self.acquire(adapter)
-            taken.extend([] if lease is None else [lease])
-            return bool(taken)
-
-        with self._changed:
-            if not self._changed.wait_for(take, timeout_s):
-                raise TimeoutError(f"{adapter}: all {len(self._slots) - 1} slots stayed in use for {timeout_s} s")
-        try:
-            self.load(taken[0])
-            yield taken[0].index
-        finally:
-            self.release(taken[0])
+    def release(self, lease: Lease) -> None:
+        """End a lease. The adapter stays until its slot is needed."""
+        if lease.adapter is not None:
+            with self._lock:
+                self._slots[lease.index].users -= 1
 
     @contextmanager
     def rows(self, slots: Sequence[int]) -> Iterator[None]:
@@ -313,14 +260,38 @@ class Slots:
         if len(set(slots)) == 1:
             self._active.slot = slots[0]
         else:
-            device = next(iter(self._layers.values())).a_SRI.device
-            self._active.slots_N = torch.tensor(list(slots), device=device)
+            self._copy_rows(slots)
+            self._active.rows = len(slots)
         try:
             yield
         finally:
-            self._active.slot, self._active.slots_N = BASE_SLOT, None
+            self._active.slot, self._active.rows = BASE_SLOT, None
+
+    @torch.inference_mode()
+    def _copy_rows(self, slots: Sequence[int]) -> None:
+        """Bring every row's copy of its slot up to date."""
+        rows = len(slots)
+        if rows > len(self._row_contents):
+            self._rows_NP = self._slots_SP.new_empty(max(rows, 2 * len(self._row_contents)), self._slots_SP.shape[1])
+            self._row_contents = [None] * len(self._rows_NP)
+            self._viewed = 0
+        if rows != self._viewed:
+            for name, layer in self._layers.items():
+                a_NRI, layer.b_NRO = self._matrices(name, self._rows_NP[:rows])
+                layer.a_NIR = a_NRI.mT
+            self._viewed = rows
+        for row, slot in enumerate(slots):
+            content = slot, self._slots[slot].version
+            if self._row_contents[row] != content:
+                self._rows_NP[row].copy_(self._slots_SP[slot])
+                self._row_contents[row] = content
 
     def leases(self) -> dict[str, int]:
         """Adapter -> number of leases, for every adapter that has a slot."""
-        with self._changed:
-            return {slot.adapter_id: slot.users for slot in self._slots if slot.adapter_id is not None}
+        return self.statistics().leases
+
+    def statistics(self) -> SlotStatistics:
+        """What the slots hold, and what happened to them so far."""
+        with self._lock:
+            leases = {slot.adapter_id: slot.users for slot in self._slots if slot.adapter_id is not None}
+            return SlotStatistics(leases, self._loads, self._evictions, self._load_s)
