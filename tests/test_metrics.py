@@ -27,15 +27,15 @@ RAYS_OWN = {
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    active_rows: int = 0
-    waiting: dict[str, int] = field(default_factory=dict)
-    residents: dict[str, int] = field(default_factory=dict)
+    rows: int = 0
+    waiting: dict[str | None, int] = field(default_factory=dict)
+    leases: dict[str, int] = field(default_factory=dict)
     loads: int = 0
-    load_seconds: float = 0.0
+    load_s: float = 0.0
     evictions: int = 0
-    prefix_hit_tokens: int = 0
-    prefix_looked_up_tokens: int = 0
-    generated: dict[str, int] = field(default_factory=dict)
+    cached_tokens: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: dict[str | None, int] = field(default_factory=dict)
 
 
 class Recorded:
@@ -128,14 +128,14 @@ def test_an_engine_by_hand(recorded):
     engine = EngineMetrics()
     engine.export(
         EngineStatistics(
-            active_rows=3, waiting={"a@1": 2, "": 1}, residents={"a@1": 2, "b@2": 0}, loads=2, load_seconds=0.03,
-            prefix_hit_tokens=10, prefix_looked_up_tokens=40, generated={"a@1": 12, "": 5},
+            rows=3, waiting={"a@1": 2, None: 1}, leases={"a@1": 2, "b@2": 0}, loads=2, load_s=0.03,
+            cached_tokens=10, prompt_tokens=40, generated_tokens={"a@1": 12, None: 5},
         )
     )  # fmt: skip
     engine.export(
         EngineStatistics(
-            active_rows=0, waiting={"b@2": 1}, residents={"b@2": 1, "c@3": 0}, loads=3, load_seconds=0.05, evictions=1,
-            prefix_hit_tokens=30, prefix_looked_up_tokens=70, generated={"a@1": 12, "b@2": 1, "": 8},
+            rows=0, waiting={"b@2": 1}, leases={"b@2": 1, "c@3": 0}, loads=3, load_s=0.05, evictions=1,
+            cached_tokens=30, prompt_tokens=70, generated_tokens={"a@1": 12, "b@2": 1, None: 8},
         )
     )  # fmt: skip
     assert recorded("active_rows") == 0
@@ -285,7 +285,7 @@ def test_a_deployment_s_metrics_come_out_of_ray_s_agents(ray_cluster):
             self.ingress.ended("a@1", "routed", 200, 1.5, prompt_tokens=7, completion_tokens=5, first_token_s=0.3)
             self.ingress.released({"r1": 1.0})
             self.engine.export(
-                EngineStatistics(1, {"a@1": 2}, {"a@1": 2}, 3, 0.5, 4, 10, 30, generated={"a@1": 12, "": 5})
+                EngineStatistics(1, {"a@1": 2}, {"a@1": 2}, 3, 0.5, 4, 10, 30, generated_tokens={"a@1": 12, None: 5})
             )
             self.ingress.rejected("overload")  # the last that is recorded
 

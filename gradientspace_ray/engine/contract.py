@@ -29,7 +29,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> what is added to its logit."""
     top_logprobs: int | None = None
-    """How many alternatives come with each token's log-probability; 0 is none but the token, None no log-probability."""
+    """How many alternatives come with each token's log-probability; 0 is none but the token, None none at all."""
     ignore_eos: bool = False
     """Go on at an end-of-text token, up to `max_tokens`."""
 

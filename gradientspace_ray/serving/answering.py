@@ -40,7 +40,7 @@ class Whole:
 
 
 async def begin(asks: Sequence[Ask], timeout_s: float) -> list[Begun]:
-    """Start the answers and wait for their first pieces, because no error can change the status of an HTTP answer later.
+    """Start the answers and wait for their first pieces; no error can change an HTTP answer's status afterwards.
 
     What a replica takes along when it dies is asked of another one: nothing of it has been sent.
 

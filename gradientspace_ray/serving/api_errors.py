@@ -36,6 +36,7 @@ class ApiError(Exception):
         """
         super().__init__(message)
         self.status = status
+        self.code = code
         self.headers = dict(headers or {})
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

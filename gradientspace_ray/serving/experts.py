@@ -14,17 +14,18 @@ from gradientspace_ray.engine.slots import Slots
 from gradientspace_ray.examples.rendering import Renderer, RenderingError
 from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
 from gradientspace_ray.registry import Registry, adapter_digest
-from gradientspace_ray.releases import load_or_begin
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving.arguments import ServeArguments
+from gradientspace_ray.serving.board import ReleaseBoard
 from gradientspace_ray.serving.messages import (
     AnswerItem,
     Generation,
-    Message,
     Place,
+    Prompt,
     Refused,
     RunChangedError,
     Started,
+    is_conversation,
 )
 from gradientspace_ray.serving.metrics import EngineMetrics
 
@@ -46,7 +47,9 @@ def verify(adapter: AdapterFiles) -> None:
 
 
 def _changed(adapter_id: str, folder: str) -> RunChangedError:
-    return RunChangedError(f"{folder} no longer holds {adapter_id}; release the run again: gradientspace release RUN_DIR")
+    return RunChangedError(
+        f"{folder} no longer holds {adapter_id}; release the run again: gradientspace release RUN_DIR"
+    )
 
 
 def fetch(place: Place) -> AdapterFiles:
@@ -70,6 +73,11 @@ def _compute_dtype(registry: Registry, device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" and registry.compute_dtype == "bfloat16" else torch.float32
 
 
+def _field(prompt: Prompt) -> str:
+    """What the request calls it."""
+    return "messages" if is_conversation(prompt) else "prompt"
+
+
 class Experts:
     """Generates with the adapter that a request names; rows of different adapters share a forward pass.
 
@@ -88,20 +96,21 @@ class Experts:
             ModelError: the base model or the generalist cannot be loaded.
             RunChangedError: the generalist is gone, or another one is in its place.
         """
-        release = load_or_begin(RunDirectory(arguments.run_dir), registry).current
-        registry = release.registry
+        board = ReleaseBoard(arguments.run_dir, registry)
+        registry = board.current.registry
         if arguments.device == "cpu":
             torch.set_num_threads(max(1, int(arguments.cpus_per_replica)))
         tokenizer = load_tokenizer(registry.base_model)
         model = load_base(registry.base_model, registry.dtype, arguments.device)
-        generalist = fetch(served_place(arguments.run_dir, registry.generalist))
+        generalist = fetch(cast(Place, board.place(registry.generalist)))
         slots = Slots.like(model, generalist.folder, arguments.max_slots)
         verify(generalist)
+        self._host = HostCache(HOST_ADAPTERS_PER_SLOT * arguments.max_slots, verify)
         self._engine = Engine(
             model,
             tokenizer,
             slots,
-            host=HostCache(HOST_ADAPTERS_PER_SLOT * arguments.max_slots, verify),
+            host=self._host,
             compute_dtype=_compute_dtype(registry, arguments.device),
             max_rows=arguments.max_rows,
             prefill_tokens=arguments.prefill_tokens,
@@ -127,23 +136,28 @@ class Experts:
             RunChangedError: the run no longer holds the adapter.
             RuntimeError: the adapter cannot be loaded.
         """
-        prompt_ids = self._prompt_ids(request)
-        if isinstance(prompt_ids, Refused):
-            yield prompt_ids
-            return
-        adapter = await self._files(request.adapter)
-        if request.prefetch is not None:
-            self._prefetch(request.prefetch)
-        yield Started(len(prompt_ids))
-        async with aclosing(self._engine.submit(prompt_ids, request.sampling, adapter)) as pieces:
-            try:
+        try:
+            prompt_ids = self._prompt_ids(request.prompt)
+            adapter = None if request.adapter is None else await self._files(request.adapter)
+            if request.prefetch is not None:
+                self._prefetch(request.prefetch)
+            async with aclosing(self._engine.submit(prompt_ids, request.sampling, adapter)) as pieces:
+                first = await anext(pieces)
+                yield Started(len(prompt_ids))
+                yield first
                 async for piece in pieces:
                     yield piece
-            except ModelError as error:
-                # A built-in error, or the ingress would import torch to read it.
-                raise RuntimeError(str(error)) from error
-            finally:
-                self._metrics.export(self._engine.statistics())
+        except RenderingError as error:
+            yield Refused(str(error), None, "messages")
+        except PromptTooLongError as error:
+            yield Refused(str(error), "context_length_exceeded", _field(request.prompt))
+        except UnknownTokenError as error:
+            yield Refused(str(error), "invalid_value", _field(request.prompt))
+        except ModelError as error:
+            # A built-in error, or the ingress would import torch to read it.
+            raise RuntimeError(str(error)) from error
+        finally:
+            self._metrics.export(self._engine.statistics())
 
     async def prepare(self, places: list[Place]) -> list[str]:
         """Read adapters into host memory before a release names them.
@@ -173,28 +187,16 @@ class Experts:
         if not self._engine.healthy:
             raise RuntimeError("the engine's thread has ended")
 
-    def _prompt_ids(self, request: Generation) -> list[int] | Refused:
-        try:
-            if isinstance(request.prompt, str):
-                prompt_ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
-            elif isinstance(request.prompt[0], int):
-                prompt_ids = cast(list[int], request.prompt)
-            else:
-                prompt_ids = self._renderer.prompt(cast(list[Message], request.prompt))
-        except RenderingError as error:
-            return Refused(str(error), None, "messages")
-        field = "messages" if isinstance(request.prompt, list) and isinstance(request.prompt[0], dict) else "prompt"
-        try:
-            self._engine.check(prompt_ids, request.sampling)
-        except PromptTooLongError as error:
-            return Refused(str(error), "context_length_exceeded", field)
-        except UnknownTokenError as error:
-            return Refused(str(error), "invalid_value", field)
-        return prompt_ids
+    def _read(self, place: Place) -> None:
+        self._host.get(fetch(place))
 
-    async def _files(self, place: Place | None) -> AdapterFiles | None:
-        if place is None:
-            return None
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids: list[int] = self._tokenizer(prompt)["input_ids"]
+            return ids
+        return self._renderer.prompt(prompt) if is_conversation(prompt) else cast(list[int], prompt)
+
+    async def _files(self, place: Place) -> AdapterFiles:
         self._places[place.id] = place
         return await self._hold(place.id)
 

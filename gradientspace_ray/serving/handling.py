@@ -3,25 +3,40 @@
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import cast
 
 from fastapi.responses import Response, StreamingResponse
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import Receive, Scope, Send
 
-from gradientspace_ray.registry import AUTO, Adapter, UnknownModelError
+from gradientspace_ray.registry import AUTO, UnknownModelError
 from gradientspace_ray.releases import Release, listed, pick, resolve
 from gradientspace_ray.serving.answering import Ask, Begun, Stream, begin, collect, merged
-from gradientspace_ray.serving.api_errors import ApiError, bad_request, rate_limited, server_error, unavailable, unknown_model
+from gradientspace_ray.serving.api_errors import (
+    ApiError,
+    bad_request,
+    rate_limited,
+    server_error,
+    unavailable,
+    unknown_model,
+)
 from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.board import ReleaseBoard
 from gradientspace_ray.serving.calls import CLIENT_LEFT, Call
-from gradientspace_ray.serving.messages import Choice, Generation, Message, Place, RouteRequest, RunChangedError
+from gradientspace_ray.serving.messages import (
+    Choice,
+    Generation,
+    Message,
+    Place,
+    RouteRequest,
+    RunChangedError,
+    is_conversation,
+)
 from gradientspace_ray.serving.openai_answers import answer_to, as_json
 from gradientspace_ray.serving.openai_parsing import RequestLimits, check_limits
-from gradientspace_ray.serving.openai_requests import Prompt, SamplingParameters
+from gradientspace_ray.serving.openai_requests import SamplingParameters
 from gradientspace_ray.serving.openai_streams import HEADERS, MEDIA_TYPE, AnswerStream, error_event
 from gradientspace_ray.serving.routes import FORCED, Route
 
@@ -159,13 +174,12 @@ async def _events(call: Call, stream: AnswerStream, begun: list[Begun]) -> Async
 
 def _conversation(request: SamplingParameters) -> list[Message] | None:
     """What the router reads: the conversation, or a single text as a user's message; None for anything else."""
-    prompts: list[Prompt] = request.prompts
-    if len(prompts) != 1 or not prompts[0]:
+    if len(request.prompts) != 1:
         return None
-    prompt: Any = prompts[0]
+    prompt = request.prompts[0]
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    return prompt if isinstance(prompt[0], dict) else None
+    return prompt if is_conversation(prompt) else None
 
 
 def _opening(messages: list[Message] | None) -> str:

@@ -1,17 +1,24 @@
 """What the deployments say to each other: plain values, so that the ingress loads neither torch nor transformers."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from gradientspace_ray.engine.contract import Piece, Sampling
 
 Message = dict[str, str]
 """`role` and `content`, as in a training example."""
+Prompt = list[Message] | str | list[int]
+"""A conversation to render, a text to continue as it is, or token ids."""
 Reason = Literal["routed", "low_confidence", "out_of_distribution"]
 
 
 class RunChangedError(RuntimeError):
     """The run directory no longer holds what the endpoint was started with."""
+
+
+def is_conversation(prompt: Prompt) -> TypeGuard[list[Message]]:
+    """Whether a prompt is to be rendered."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,7 @@ class Choice:
 class Generation:
     """What the ingress asks of the experts: one prompt, one answer."""
 
-    prompt: list[Message] | str | list[int]
-    """A conversation to render, a text to continue as it is, or token ids."""
+    prompt: Prompt
     sampling: Sampling
     """`max_tokens` 0 is as many as the server allows."""
     adapter: Place | None

@@ -6,7 +6,7 @@ exactly, but take each value for the middle of its bucket in the sum.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 from ray.serve import metrics
@@ -49,18 +49,18 @@ HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
 
 
 class Statistics(Protocol):
-    """What an engine tells about itself. Totals run from its start; an empty adapter id is the base model."""
+    """What an engine tells about itself. Totals run from its start; the base model's adapter is None."""
 
     @property
-    def active_rows(self) -> int:
+    def rows(self) -> int:
         """Answers being generated."""
 
     @property
-    def waiting(self) -> Mapping[str, int]:
+    def waiting(self) -> Mapping[str | None, int]:
         """Requests without a row, by adapter."""
 
     @property
-    def residents(self) -> Mapping[str, int]:
+    def leases(self) -> Mapping[str, int]:
         """Adapters in slots, with the number of their users."""
 
     @property
@@ -68,7 +68,7 @@ class Statistics(Protocol):
         """Total."""
 
     @property
-    def load_seconds(self) -> float:
+    def load_s(self) -> float:
         """Total."""
 
     @property
@@ -76,15 +76,15 @@ class Statistics(Protocol):
         """Total."""
 
     @property
-    def prefix_hit_tokens(self) -> int:
+    def cached_tokens(self) -> int:
         """Total of the prompts' tokens whose keys and values were cached."""
 
     @property
-    def prefix_looked_up_tokens(self) -> int:
+    def prompt_tokens(self) -> int:
         """Total of the prompts' tokens, cached or not."""
 
     @property
-    def generated(self) -> Mapping[str, int]:
+    def generated_tokens(self) -> Mapping[str | None, int]:
         """Totals of tokens, by adapter."""
 
 
@@ -196,18 +196,18 @@ class EngineMetrics:
 
     def export(self, statistics: Statistics) -> None:
         """Record the engine's state. To be called every second or so, Ray collects every ten by default."""
-        self._active_rows.set(statistics.active_rows)
+        self._active_rows.set(statistics.rows)
         self._waiting.set(statistics.waiting)
-        self._resident.set(dict.fromkeys(statistics.residents, 1))
-        self._users.set(statistics.residents)
-        for adapter, tokens in statistics.generated.items():
+        self._resident.set(dict.fromkeys(statistics.leases, 1))
+        self._users.set(statistics.leases)
+        for adapter, tokens in statistics.generated_tokens.items():
             self._generated.reach(tokens, {"expert": adapter or BASE})
         self._loads.reach(statistics.loads, {})
-        self._load_s.reach(statistics.load_seconds, {})
+        self._load_s.reach(statistics.load_s, {})
         self._evictions.reach(statistics.evictions, {})
-        hits = statistics.prefix_hit_tokens
+        hits = statistics.cached_tokens
         self._prefix.reach(hits, {"result": "hit"})
-        self._prefix.reach(statistics.prefix_looked_up_tokens - hits, {"result": "computed"})
+        self._prefix.reach(statistics.prompt_tokens - hits, {"result": "computed"})
 
 
 class _RunningTotals:
@@ -233,11 +233,11 @@ class _PerExpert:
         self._gauge = gauge
         self._seen: set[str] = set()
 
-    def set(self, values: Mapping[str, int]) -> None:
-        gone: Iterable[str] = self._seen - values.keys()
-        for adapter, value in (*values.items(), *((adapter, 0) for adapter in gone)):
-            self._gauge.set(value, {"expert": adapter or BASE})
-        self._seen |= values.keys()
+    def set(self, values: Mapping[str, int] | Mapping[str | None, int]) -> None:
+        experts = {adapter or BASE: value for adapter, value in values.items()}
+        for expert in self._seen | experts.keys():
+            self._gauge.set(experts.get(expert, 0), {"expert": expert})
+        self._seen |= experts.keys()
 
 
 # Serve's annotations ask for labels as a tuple of one.

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gradientspace_ray.serving.api_errors import ApiError, bad_request, quote
-from gradientspace_ray.serving.openai_requests import ChatRequest, CompletionRequest, Prompt, SamplingParameters
+from gradientspace_ray.serving.messages import Prompt
+from gradientspace_ray.serving.openai_requests import ChatRequest, CompletionRequest, SamplingParameters
 
 Request = TypeVar("Request", bound=SamplingParameters)
 # pydantic's type of an error -> OpenAI's code; `_type` at the end of the former is `invalid_type`.

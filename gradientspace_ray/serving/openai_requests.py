@@ -22,10 +22,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 
 from gradientspace_ray.engine.contract import Sampling
 from gradientspace_ray.serving.api_errors import bad_request
-from gradientspace_ray.serving.messages import Message
+from gradientspace_ray.serving.messages import Message, Prompt
 
-Prompt = list[Message] | str | list[int]
-"""A conversation to render, a text to continue as it is, or token ids."""
 MAX_MESSAGES = 2048
 MAX_KEYS = 1024
 

@@ -6,10 +6,12 @@ from weakref import WeakValueDictionary
 
 from ray import serve
 
+from gradientspace_ray.registry import Registry
 from gradientspace_ray.router.classifier import ROUTER_FILES, Router, files_digest
 from gradientspace_ray.router.conversation import Turns, decide_together, turn_prompts
 from gradientspace_ray.router.encoder import PromptEncoder, RememberingEncoder
 from gradientspace_ray.run import MissingFileError, RunDirectory
+from gradientspace_ray.serving.board import ReleaseBoard
 from gradientspace_ray.serving.messages import Choice, Place, RouteRequest, RunChangedError
 
 MAX_BATCH = 32
@@ -23,14 +25,21 @@ REMEMBERED_PROMPTS = 4096
 class PromptRouter:
     """Conversation -> expert. Conversations that wait at the same time are encoded together, whatever their router."""
 
-    def __init__(self, place: Place) -> None:
-        """Load a first router; others are loaded when they are asked for.
+    def __init__(self, run_uri: str, registry: Registry) -> None:
+        """Load the router that is released now; others are loaded when they are asked for.
+
+        Args:
+            run_uri: the run directory that is served.
+            registry: what it held when the endpoint was started.
 
         Raises:
+            ReleaseError: the releases cannot be read.
             RunChangedError: the router is not there, or another one is.
             RouterError: the files are not those of a router.
             ModelError: the router's encoder cannot be found.
         """
+        board = ReleaseBoard(run_uri, registry)
+        place = board.router(board.current)
         # An encoder lives as long as a router, or a batch under way, has it.
         self._encoders: WeakValueDictionary[tuple[str, int], RememberingEncoder] = WeakValueDictionary()
         self._routers = OrderedDict({place.id: self._load(place)})
