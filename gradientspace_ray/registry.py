@@ -180,7 +180,7 @@ class _LoraConfig(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
     peft_type: Literal["LORA"]
     r: Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
-    target_modules: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
+    target_modules: Annotated[str | list[str], Field(min_length=1)]
     rank_pattern: dict[str, int] | None = None
 
 

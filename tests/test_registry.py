@@ -1,15 +1,28 @@
-import pytest
+import json
 
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tiny_run import make_adapter, make_run
+
+from gradientspace_ray.engine.slots import read_adapter
 from gradientspace_ray.registry import (
     Adapter,
+    LayerShape,
     Registry,
     UnknownModelError,
     adapter_digest,
+    adapter_layers,
     committed_digest,
+    file_problems,
+    misfits,
+    name_problems,
     read_registry,
+    router_digest,
     trained_experts,
     write_registry,
 )
+from gradientspace_ray.router import classifier
 from gradientspace_ray.run import RunDirectory, RunError
 
 
@@ -92,3 +105,65 @@ def test_the_digest_of_a_committed_adapter_is_read_anew(object_store):
     run.delete("generalist/adapter_model.safetensors")
     with pytest.raises(RunError, match=r"adapter_model\.safetensors is missing"):
         committed_digest(run, "generalist")
+
+
+def test_a_run_s_own_files_have_no_problems(tmp_path, tiny_model_dir, tiny_encoder_dir):
+    registry = read_registry(make_run(tmp_path, tiny_model_dir, tiny_encoder_dir))
+    assert name_problems(registry) == file_problems(registry, tmp_path) == []
+    assert router_digest(tmp_path / "router") == classifier.router_digest(tmp_path / "router")
+    assert misfits(registry, tmp_path, adapter_layers(tmp_path / "generalist")) == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank_pattern": {"q_proj": 2}}, {"target_modules": "model.*(q|v)_proj"}])
+def test_an_adapter_s_layers_are_those_that_serving_loads(tmp_path, tiny_model_dir, changes):
+    make_adapter(tiny_model_dir, tmp_path, 0, **changes)
+    shapes = {
+        f"base_model.model.{name}": LayerShape(a_RI.shape[0], a_RI.shape[1], b_OR.shape[0])
+        for name, (a_RI, b_OR) in read_adapter(tmp_path).items()
+    }
+    assert adapter_layers(tmp_path) == shapes
+    assert {shape.lora_rank for shape in shapes.values()} == ({2, 4} if "rank_pattern" in changes else {4})
+
+
+def write_adapter(folder, **layers):
+    """An adapter without weights to speak of: layer -> (lora_rank, in_features, out_features)."""
+    folder.mkdir()
+    tensors = {}
+    for name, (lora_rank, in_features, out_features) in layers.items():
+        tensors[f"{name}.lora_A.weight"] = np.zeros((lora_rank, in_features), np.float16)
+        tensors[f"{name}.lora_B.weight"] = np.zeros((out_features, lora_rank), np.float16)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "target_modules": list(layers), "rank_pattern": {"q": 1}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("layers", "problem"),
+    [
+        ({"q": (2, 8, 4)}, None),
+        ({"v": (3, 8, 8), "q": (1, 8, 4)}, None),
+        ({"q": (4, 8, 4)}, "has LoRA rank 4, the endpoint's slots 3"),
+        ({"q": (2, 6, 4)}, "made for another base model: q is 6 -> 4, not 8 -> 4"),
+        ({"q": (2, 8, 4), "k": (2, 8, 4)}, "changes k, which the adapters of this endpoint do not"),
+    ],
+)
+def test_adapters_fit_the_slots_of_others_like_them(tmp_path, layers, problem):
+    write_adapter(tmp_path / "served", q=(2, 8, 4), v=(3, 8, 8))
+    write_adapter(tmp_path / "generalist", **layers)
+    registry = make_registry().model_copy(update={"experts": ()})
+    found = misfits(registry, tmp_path, adapter_layers(tmp_path / "served"))
+    assert found == ([] if problem is None else [f"generalist: {problem}"])
+
+
+def test_all_problems_of_a_registry_are_told_at_once():
+    registry = make_registry()
+    bad = registry.experts[0].model_copy(update={"name": "auto", "folder": "../other"})
+    assert name_problems(registry.model_copy(update={"experts": (bad, bad), "generalist": bad})) == [
+        "the generalist is called 'auto'; call it generalist",
+        *["'auto' is no name for an adapter: taken already, or not made of [A-Za-z0-9._-]+"] * 3,
+        *["'../other' is no folder inside the run directory"] * 3,
+    ]
+    assert name_problems(registry.model_copy(update={"experts": ()})) == ["there is no expert; finish the run"]
+    assert name_problems(registry.model_copy(update={"router": "/router"})) == [
+        "'/router' is no folder inside the run directory"
+    ]
