@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from gradientspace_ray.releases import Release, Releases
-from gradientspace_ray.run import RunDirectory
 
 ADMIN_KEY_ENV = "GRADIENTSPACE_ADMIN_KEY"
 # Publishing copies files, perhaps between object stores.
@@ -58,8 +57,9 @@ def request_of(
         raise EndpointError(f"--canary goes with a RUN_DIR, not with {given[0]}")
     if run_dir is not None:
         share = None if canary is None else parse_share(canary)
-        # The endpoint has another working directory.
-        return "POST", "/admin/releases", {"run_dir": RunDirectory(run_dir).uri, "canary_share": share}
+        # The endpoint has another working directory. A store may be one that only the endpoint can reach.
+        place = run_dir if "://" in run_dir else os.path.abspath(os.path.expanduser(run_dir))
+        return "POST", "/admin/releases", {"run_dir": place, "canary_share": share}
     if status:
         return "GET", "/admin/releases", None
     return "POST", "/admin/promote" if promote else "/admin/rollback", None
@@ -90,9 +90,7 @@ def ask(endpoint: str, method: str, path: str, body: dict[str, Any] | None) -> R
         try:
             return Releases.model_validate_json(answer.content)
         except ValidationError as error:
-            raise EndpointError(
-                f"{base}: the answer is not that of a gradientspace endpoint of this version"
-            ) from error
+            raise EndpointError(f"{base} does not answer as a gradientspace endpoint of this version does") from error
     raise EndpointError(_refusal(base, answer, bool(key)))
 
 

@@ -269,6 +269,8 @@ def test_what_the_endpoint_cannot_hold_is_refused(tmp_path, changes, reason):
     assert inspect_release(run.uri)
     with pytest.raises(ReleaseError, match=reason):
         publish_run(served, state, run.uri)
+    copied = [name for name in served.names("releases") if name != "lease.lock"]
+    assert copied == ([] if "base_model" in changes else [state.current.id])
     smaller, _ = make_small_run(tmp_path / "smaller", 2, lora_rank=1)
     state = publish_run(served, state, smaller.uri)
     # The slots are still those of the first release.
