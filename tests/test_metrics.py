@@ -43,25 +43,26 @@ class Recorded:
 
     def __init__(self):
         self.registry = prometheus_client.CollectorRegistry()
-        self.Counter, self.Gauge = self._kind(prometheus_client.Counter), self._kind(prometheus_client.Gauge)
-        self.Histogram = lambda name, description, boundaries, labels: SimpleNamespace(
-            observe=lambda value, tags=None: self._series(histogram, tags).observe(value)
-        ) if (histogram := prometheus_client.Histogram(
-            name, description, labels, buckets=boundaries, registry=self.registry
-        )) else None  # fmt: skip
 
-    def _series(self, metric, tags):
-        return metric.labels(**tags) if metric._labelnames else metric
+    def Counter(self, name, description, labels):
+        return self._made(prometheus_client.Counter(name, description, labels, registry=self.registry))
 
-    def _kind(self, kind):
-        def make(name, description, labels):
-            metric = kind(name, description, labels, registry=self.registry)
-            return SimpleNamespace(
-                inc=lambda value=1, tags=None: self._series(metric, tags).inc(value),
-                set=lambda value, tags=None: self._series(metric, tags).set(value),
-            )
+    def Gauge(self, name, description, labels):
+        return self._made(prometheus_client.Gauge(name, description, labels, registry=self.registry))
 
-        return make
+    def Histogram(self, name, description, boundaries, labels):
+        histogram = prometheus_client.Histogram(name, description, labels, buckets=boundaries, registry=self.registry)
+        return self._made(histogram)
+
+    def _made(self, metric):
+        def series(tags):
+            return metric.labels(**(tags or {})) if tags or metric._labelnames else metric
+
+        return SimpleNamespace(
+            inc=lambda value=1, tags=None: series(tags).inc(value),
+            set=lambda value, tags=None: series(tags).set(value),
+            observe=lambda value, tags=None: series(tags).observe(value),
+        )
 
     def __call__(self, name, **labels):
         return self.registry.get_sample_value(f"gradientspace_{name}", labels)

@@ -86,7 +86,7 @@ class _Collected(Collector):
 async def _fetch(client: httpx.AsyncClient, address: str, timeout_s: float) -> str | None:
     try:
         response = await asyncio.wait_for(client.get(address, timeout=None), timeout_s)
-    except (httpx.TransportError, asyncio.TimeoutError):
+    except (httpx.HTTPError, asyncio.TimeoutError):
         return None
     return response.text if response.is_success else None
 
