@@ -87,11 +87,15 @@ class _OneLine(logging.Formatter):
         if isinstance(fields["model"], str):
             fields["model"] = fields["model"][:LONGEST_NAME]
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        return json.dumps({"time": time} | {name: _plain(value) for name, value in fields.items()}, default=str)
+        return json.dumps({"time": time} | _plain(fields), default=str)
 
 
 def _plain(value: Any) -> Any:
     """Milliseconds and shares with what digits they deserve; JSON has no NaN."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if not isinstance(value, float):
         return value
     return round(value, 4) if math.isfinite(value) else None
