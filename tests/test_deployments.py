@@ -1,4 +1,4 @@
-"""What the deployments refuse when they start, without Serve."""
+"""What the experts refuse when they start, without Serve."""
 
 import shutil
 
@@ -8,10 +8,8 @@ from tiny_run import EXPERTS, make_run
 
 from gradientspace_ray.models.loading import ModelError
 from gradientspace_ray.registry import read_registry
-from gradientspace_ray.router.classifier import HEAD_FILE, SETTINGS_FILE
 from gradientspace_ray.serving.experts import Experts, _compute_dtype
 from gradientspace_ray.serving.messages import RunChangedError
-from gradientspace_ray.serving.router import PromptRouter
 
 AGAIN = "; start the endpoint again$"
 
@@ -47,18 +45,6 @@ def test_a_run_with_another_generalist_is_refused(run, change):
         shutil.copytree(run.path(registry.resolve(EXPERTS[0]).folder), run.path("generalist"))
     with pytest.raises(RunChangedError, match=f"generalist no longer holds {registry.generalist.id}{AGAIN}"):
         start_experts(run, registry)
-
-
-@pytest.mark.parametrize("change", ["gone", HEAD_FILE, SETTINGS_FILE])
-def test_a_run_with_another_router_is_refused(run, change):
-    registry = read_registry(run)
-    PromptRouter(run.uri, registry)
-    if change == "gone":
-        shutil.rmtree(run.path("router"))
-    else:
-        run.write_bytes(f"router/{change}", run.read_bytes(f"router/{change}") + b" ")
-    with pytest.raises(RunChangedError, match=f"^router is no longer that of this endpoint{AGAIN}"):
-        PromptRouter(run.uri, registry)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
 from gradientspace_ray.router.classifier import (
@@ -19,6 +21,7 @@ from gradientspace_ray.router.classifier import (
     router_digest,
     save_router,
 )
+from gradientspace_ray.router.encoder import PromptEncoder
 
 
 def clouds(count, experts, width=8, spread=0.6, seed=0):
@@ -104,6 +107,39 @@ def test_below_the_threshold_the_generalist_serves():
     assert flattened[0].confidence < 0.5
 
 
+def test_strangers_go_to_the_generalist_however_sure_the_head_is():
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [0.3, 0.3, 0.4]]))
+    similarity = np.array([0.5, 0.49, 0.49])
+    decisions = decide(logits, settings_for(3, threshold=0.5, min_similarity=0.5), similarity)
+    assert [decision.expert for decision in decisions] == ["expert-0", None, None]
+    assert [decision.reason for decision in decisions] == ["routed", "out_of_distribution", "out_of_distribution"]
+    assert [decision.confidence for decision in decisions] == pytest.approx([0.7, 0.7, 0.4])
+    assert [decision.second_best for decision in decisions] == ["expert-1", "expert-0", "expert-2"]
+    for undecided in (decide(logits, settings_for(3), similarity), decide(logits, settings_for(3, min_similarity=0.5))):
+        assert {decision.reason for decision in undecided} == {"routed"}
+
+
+def test_a_saved_router_knows_the_prompts_that_it_was_trained_on(tmp_path, tiny_encoder_dir):
+    encoder = PromptEncoder(str(tiny_encoder_dir), 64)
+    known, other = ["2 + 2", "a story about a fox", "12 + 9"], ["?", "Wie geht es dir heute?"]
+    settings = settings_for(2, encoder=str(tiny_encoder_dir), neighbours=1, min_similarity=0.999)
+    head = LinearHead(np.zeros((2, 32), np.float32), np.zeros(2, np.float32))
+    save_router(tmp_path, head, settings, encoder.encode(known))
+    assert load_file(tmp_path / HEAD_FILE)["sample"].dtype == np.float16
+    decisions = Router.load(tmp_path).route([*known, *other])
+    assert [decision.reason for decision in decisions] == ["routed"] * 3 + ["out_of_distribution"] * 2
+
+
+def test_a_router_saved_without_these_settings_loads_and_calls_nothing_strange(tmp_path, tiny_encoder_dir):
+    head, settings = LinearHead(np.zeros((2, 32), np.float32), np.zeros(2, np.float32)), settings_for(2)
+    save_file({"weight": head.weight_KH, "bias": head.bias_K}, tmp_path / HEAD_FILE)
+    tree = settings.model_dump(mode="json", exclude={"min_similarity", "neighbours", "switch_margin"})
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps(tree | {"encoder": str(tiny_encoder_dir)}))
+    assert {decision.reason for decision in Router.load(tmp_path).route(["2 + 2", "?!?!"])} == {"routed"}
+    content = b"".join(name.encode() + (tmp_path / name).read_bytes() for name in (HEAD_FILE, SETTINGS_FILE))
+    assert router_digest(tmp_path) == hashlib.sha256(content).hexdigest()[:12]
+
+
 def test_a_saved_router_decides_as_before_and_has_the_same_bytes(tmp_path, tiny_encoder_dir):
     prompts = ["2 + 2", "a story about a fox", "12 + 9", "a tale of an owl"] * 5
     settings = settings_for(2, encoder=str(tiny_encoder_dir), temperature=0.7, threshold=0.6)
@@ -139,7 +175,7 @@ def test_the_digest_of_a_router_changes_with_each_of_its_files(tmp_path):
         router_digest(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "key", "labels"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "key", "labels", "view", "sample", "width"])
 def test_a_damaged_router_is_one_line(tmp_path, damage):
     head = LinearHead(np.zeros((2, 4), np.float32), np.zeros(2, np.float32))
     save_router(tmp_path, head, settings_for(2))
@@ -148,8 +184,16 @@ def test_a_damaged_router_is_one_line(tmp_path, damage):
     elif damage == "truncated":
         (tmp_path / HEAD_FILE).write_bytes(b"short")
     else:
-        tree = json.loads((tmp_path / SETTINGS_FILE).read_text())
-        tree |= {"labels": ["a", "b", "c"]} if damage == "labels" else {"surprise": 1}
+        changes = {
+            "key": {"surprise": 1},
+            "labels": {"labels": ["a", "b", "c"]},
+            "view": {"view": "system"},
+            "sample": {"min_similarity": 0.5},
+            "width": {"min_similarity": 0.5},
+        }
+        if damage == "width":
+            save_router(tmp_path, head, settings_for(2), np.zeros((9, 5)))
+        tree = json.loads((tmp_path / SETTINGS_FILE).read_text()) | changes[damage]
         (tmp_path / SETTINGS_FILE).write_text(json.dumps(tree))
     with pytest.raises(RouterError, match="run the router stage again") as caught:
         load_head(tmp_path)

@@ -1,11 +1,13 @@
-"""The router deployment, driven in this process without Serve."""
+"""The router deployment, driven in this process without Serve's controller."""
 
 import asyncio
 import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray import serve
 from tiny_run import COUNTING, EXPERTS, STORIES, make_run
 
 from gradientspace_ray.registry import read_registry
@@ -23,7 +25,15 @@ from gradientspace_ray.router.conversation import route_conversations
 from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.serving.messages import Place, RouteRequest, RunChangedError
-from gradientspace_ray.serving.router import MAX_ROUTERS, PromptRouter
+from gradientspace_ray.serving.router import MAX_ONGOING_PROMPTS, MAX_ROUTERS, PromptRouter
+
+
+@pytest.fixture(autouse=True)
+def replica(monkeypatch):
+    """What `serve.batch` asks of a replica's process; it makes one queue for each, and every test has its own loop."""
+    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=MAX_ONGOING_PROMPTS))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(PromptRouter._route_batch._is_batching_task_alive.__self__, "_queue", None)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +138,7 @@ def test_waiting_conversations_of_two_releases_are_encoded_in_one_call(run, enco
 
 def test_a_turn_costs_one_encoding_and_earlier_turns_are_decided_as_before(run, encoded):
     calls, _ = encoded
-    place = another(run, "sticky", switch_margin=0.1)
+    place = another(run, "sure", temperature=1e-4)
     deployment = PromptRouter(place)
     texts = [COUNTING[0], "4", "thanks", "welcome", STORIES[0], "a tale", "and then", "it ends", STORIES[1]]
     conversations = [ask(place, *texts[: 2 * turn + 1]) for turn in range(5)]
@@ -138,12 +148,24 @@ def test_a_turn_costs_one_encoding_and_earlier_turns_are_decided_as_before(run, 
 
     found = asyncio.run(choices())
     assert calls == [[text] for text in texts[::2]]
-    router = Router.load(run.fetch("sticky"))
+    router = Router.load(run.fetch("sure"))
     alike = route_conversations(router, [conversation.messages for conversation in conversations])
     assert [choice.expert for choice in found] == [decision.expert for decision in alike]
     assert [choice.confidence for choice in found] == pytest.approx([one.confidence for one in alike], abs=1e-5)
-    assert found[0].expert == EXPERTS[0]
-    assert found[2].expert == EXPERTS[1]
+    assert (found[0].expert, found[2].expert) == EXPERTS
+
+
+def test_a_router_says_how_fast_its_conversations_change_hands(run):
+    quick, never = another(run, "quick", switch_margin=-1.0), another(run, "never", switch_margin=1.0)
+    deployment = PromptRouter(quick)
+
+    async def choices():
+        return [await deployment.route(ask(place, COUNTING[0], "4", STORIES[0])) for place in (quick, never)]
+
+    moved, stayed = asyncio.run(choices())
+    assert (stayed.expert, moved.expert) == EXPERTS
+    assert (stayed.second_best, moved.second_best) == EXPERTS[::-1]
+    assert (stayed.reason, stayed.confidence) == ("routed", moved.probabilities[EXPERTS[0]])
 
 
 def test_half_a_character_does_not_fail_those_who_wait_with_it(run):
@@ -171,7 +193,7 @@ def test_another_router_in_its_place_is_refused(run, change):
 
 def test_files_that_are_no_router_are_told_apart_from_another_router(run):
     run.write_bytes(f"router/{SETTINGS_FILE}", b"{}")
-    with pytest.raises(RouterError, match="run the router stage again$"):
+    with pytest.raises(RouterError, match=r"run the router stage again$"):
         PromptRouter(place_of(run))
 
 

@@ -1,20 +1,22 @@
 """The stages router, evaluate and report on a synthetic run directory, on a real Ray."""
 
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
-from synthetic_run import synthetic_recipe, synthetic_run
+from synthetic_run import EXAMPLE_SCHEMA, synthetic_recipe, synthetic_run
 from transformers import AutoModelForCausalLM
 
 from gradientspace_ray.registry import adapter_digest, read_registry
 from gradientspace_ray.router.classifier import HEAD_FILE, SETTINGS_FILE, Router
 from gradientspace_ray.router.encoder import PromptEncoder
-from gradientspace_ray.run import RunError
+from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.stages import encode, report, route, score
+from gradientspace_ray.stages.progress import Bars
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -135,6 +137,55 @@ def test_no_test_examples_is_said_and_is_no_error(recipe, tiny_model_dir, tmp_pa
     route.router(recipe, run)
     assert "data.test_share is 0" in score.evaluate(recipe, run).made
     report.report(recipe, run)
+
+
+def test_prompts_out_of_distribution_are_counted(recipe, tiny_model_dir, tmp_path):
+    run = synthetic_run(tmp_path, tiny_model_dir, validation=60, single_lora=False)
+    messages = [{"role": "user", "content": "???"}, {"role": "assistant", "content": "no"}]
+    test = run.read_table("examples/test.parquet").to_pylist()
+    test[0] |= {"messages": messages, "prompt": "???"}
+    run.write_table("examples/test.parquet", pa.Table.from_pylist(test, schema=EXAMPLE_SCHEMA))
+    score.score(recipe, run, "validation")
+    route.router(recipe, run)
+    score.score(recipe, run, "test")
+    settings = run.read_json("router/router.json")
+    # To a random encoder everything looks alike.
+    run.write_json("router/router.json", settings | {"min_similarity": max(settings["min_similarity"], 0.95)})
+    score.evaluate(recipe, run)
+    assert settings["calibration"]["out_of_distribution"] == {
+        "false_alarm_rate": 0.01,
+        "training_prompts": 40,
+        "training_false_alarms": 0,
+        "validation_prompts": 60,
+        "validation_false_alarms": 0,
+    }
+    served = run.read_table("evaluation/losses.parquet").to_pandas()
+    strange = served[served["reason"] == "out_of_distribution"]
+    assert test[0]["id"] in set(strange["id"])
+    assert set(strange["routed"]) == {"generalist"}
+    share = (strange["split"] == "test").sum() / len(test)
+    assert run.read_json("evaluation/scores.json")["out_of_distribution"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("margin", "decisive"), [(1.0, 0), (-1.0, 1)])
+def test_a_conversation_is_served_as_an_endpoint_does(finished, tmp_path, margin, decisive):
+    run = RunDirectory(shutil.copytree(finished[0].path(), tmp_path / "run"))
+    test = run.read_table("examples/test.parquet").to_pylist()
+    questions = [row["prompt"] for row in test]
+    for row, other in zip(test, reversed(questions), strict=True):
+        row["messages"] = [
+            *row["messages"],
+            {"role": "user", "content": other},
+            {"role": "assistant", "content": "yes"},
+        ]
+    run.write_table("examples/test.parquet", pa.Table.from_pylist(test, schema=EXAMPLE_SCHEMA))
+    router = Router.load(run.fetch("router"))
+    settings = router.settings.model_copy(update={"switch_margin": margin, "view": "last_user", "threshold": 0.0})
+    router = Router(router.encoder, router.head, settings)
+    table = score._with_decisions(run, router, "test", Bars())
+    asked = (questions, questions[::-1])[decisive]
+    assert table["routed"].to_pylist() == [decision.expert for decision in router.route(asked)]
+    assert len(set(table["routed"].to_pylist())) == 2
 
 
 def test_a_missing_expert_is_named(recipe, tiny_model_dir, tmp_path):
