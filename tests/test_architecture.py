@@ -16,13 +16,16 @@ NOUNS = {
     "run": {"retries"},
     "lease": {"run"},
     "registry": {"run"},
+    "releases": {"run", "registry", "lease"},
+    "publishing": {"run", "registry", "releases"},
+    "release_client": {"run", "releases"},
     "examples": {"recipe"},
     "models": {"recipe", "examples"},
     "gradients": {"examples", "models"},
     "sketch": set(),
     "clusters": set(),
     "training": {"recipe", "examples", "models"},
-    "router": {"models"},
+    "router": {"models", "examples"},
     "engine": {"models"},
     "evaluation": {"models", "examples", "engine"},
     "report": set(),
@@ -43,7 +46,7 @@ MAY_IMPORT = (
         "stages.repair": {*NOUNS, "stages.progress"},
         "stages.conclude": {*NOUNS, "stages.progress", "stages.merge"},
         "stages.merge": {*NOUNS, "stages.progress", "stages.repair"},
-        "serving": {"registry", "run", "examples", "router", "engine", "models"},
+        "serving": {"registry", "releases", "publishing", "run", "examples", "router", "engine", "models"},
         "pipeline": {
             "recipe",
             "errors",
@@ -55,7 +58,7 @@ MAY_IMPORT = (
             "stages.conclude",
             *(f"stages.{stage}" for stage in STAGES),
         },
-        "cli": {"recipe", "errors", "run", "pipeline", "serving", "router", "stages.report"},
+        "cli": {"recipe", "errors", "run", "pipeline", "release_client", "serving", "router", "stages.report"},
     }
 )
 # The distributed shell: the only places that may name these libraries.

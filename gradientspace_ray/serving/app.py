@@ -16,8 +16,9 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import DeploymentStatus
 
+from gradientspace_ray.publishing import keep
 from gradientspace_ray.registry import REGISTRY, Registry, read_registry
-from gradientspace_ray.releases import load_or_begin
+from gradientspace_ray.releases import own_release
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.experts import Experts
@@ -33,15 +34,18 @@ INGRESS_CPUS, ROUTER_CPUS = 0.1, 0.2
 REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 # Serve has a message for a deployment that only takes long, too.
 FAILED = (DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY)
+logger = logging.getLogger(__name__)
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def build(arguments: ServeArguments) -> Application:
-    """The application: ingress -> router, experts. All of its replicas share the registry as it is now.
+    """The application: ingress -> router, experts.
+
+    All of its replicas share the registry as it is now, and serve copies of its files: the run may be run again.
 
     Raises:
         RunError: there is nothing to serve in the run directory.
-        ReleaseError: its `releases.json` is damaged.
+        ReleaseError: a file of the run is not what its registry says.
         KeyFileError: the API keys cannot be used.
     """
     arguments = arguments.model_copy(update={"run_dir": RunDirectory(arguments.run_dir).uri})
@@ -188,12 +192,15 @@ def _read_run(uri: str) -> Registry:
     if not run.exists(REGISTRY):
         raise RunError(f"{run.uri}: {REGISTRY} is missing, the run has no router yet; {_finish(run)}")
     registry = read_registry(run)
-    current = load_or_begin(run, registry).current.registry
-    folders = [current.router, *(adapter.folder for adapter in current.adapters)]
+    folders = [registry.router, *(adapter.folder for adapter in registry.adapters)]
     missing = [folder for folder in folders if not run.exists(folder)]
     if missing:
         raise RunError(f"{run.uri}: {missing[0]} is missing; {_finish(run)}")
-    return registry
+    try:
+        return keep(run, run, own_release(run, registry)).registry
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): serving what is in its place", run.uri, error)
+        return registry
 
 
 def _finish(run: RunDirectory) -> str:

@@ -298,6 +298,10 @@ class Ingress:
         return self._known(self._keys.client, request)
 
     def _admin(self, request: Request) -> Key:
+        if not self._keys.admins:
+            raise forbidden(
+                "this endpoint has no admin key and takes no releases; set GRADIENTSPACE_ADMIN_KEY"
+            )
         return self._known(self._keys.admin, request)
 
     def _known(self, find: Callable[[str | None], Who], request: Request) -> Who:
