@@ -3,6 +3,7 @@
 # make benchmark-sketch: the online SVD beside the exact one and others; "--simulate" merges made-up sketches of a large run.
 # make benchmark-clusters: which features and methods find the skills of a mixture; "--planted" clusters made-up gradients.
 # make benchmark-experts: the trainer beside others, and experts at once; "--study" measures what experts are worth.
+# make benchmark-serving: answers of mixed experts beside the base model's, PEFT's and an ensemble's, about fifteen minutes.
 # make peers: only installs these libraries, into an environment of their own.
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,8 @@ RUN_DIR ?= runs/quickstart
 BENCHMARKS ?= runs/benchmarks
 BENCHMARK_OPTIONS ?=
 
-.PHONY: setup demo test lint peers benchmark-gradients benchmark-sketch benchmark-clusters benchmark-experts clean
+.PHONY: setup demo test lint peers benchmark-gradients benchmark-sketch benchmark-clusters benchmark-experts \
+  benchmark-serving clean
 
 setup: $(VENV)/installed
 
@@ -62,6 +64,9 @@ benchmark-clusters: setup
 
 benchmark-experts: peers
 	$(PEERS)/bin/python jobs/benchmarks/experts.py --json $(BENCHMARKS)/experts.json $(BENCHMARK_OPTIONS)
+
+benchmark-serving: setup
+	$(BIN)/python jobs/benchmarks/serving.py --json $(BENCHMARKS)/serving.json $(BENCHMARK_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) runs

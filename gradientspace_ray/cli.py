@@ -6,7 +6,6 @@ package imports at the top.
 
 import contextlib
 import errno
-import ipaddress
 import json
 import os
 import signal
@@ -123,12 +122,18 @@ def serve(
     device: Annotated[
         Device | None, typer.Option(help="Where the experts compute; default is what the run computed on.")
     ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Set an argument, as in --set max_slots=16; repeatable.")
+    ] = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(help="Send this prompt, print the routed answer, and stop; repeatable."),
     ] = None,
 ) -> None:
-    """Serve a run's router and experts behind an OpenAI-compatible endpoint."""
+    """Serve a run's router and experts behind an OpenAI-compatible endpoint.
+
+    Clients need a key where GRADIENTSPACE_API_KEY is set. What --set takes is in serving/arguments.py.
+    """
     directory = RunDirectory(run_dir)
     directory.require()
     with _interruptible("the endpoint has stopped"):
@@ -136,18 +141,21 @@ def serve(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         from gradientspace_ray import pipeline
         from gradientspace_ray.serving import app as serving
+        from gradientspace_ray.serving.arguments import read_arguments
 
         chosen = device.value if device else _device_of(directory)
         serving.check_device(chosen)
         settings = {"run_dir": directory.uri, "device": chosen, "start_attempts": 1}
         settings["gpus_per_replica"] = 1 if chosen == Device.CUDA.value else 0
+        arguments = read_arguments(settings, assignments or [])
+        serving.check_keys(arguments, host)
         with serving.reserved_port(host, port) as port, pipeline.disconnecting():
-            application = serving.build(serving.ServeArguments.model_validate(settings))
+            application = serving.build(arguments)
             console.print("[dim]starting Ray, the router and the experts[/dim]")
             pipeline.connect(chosen)
             with serving.endpoint(application, host, port) as url:
                 if not ask:
-                    _announce(run_dir, host, url)
+                    _announce(run_dir, url)
                     threading.Event().wait()
                 for prompt in ask or []:
                     _show_answer(url, prompt)
@@ -215,23 +223,13 @@ def _device_of(directory: RunDirectory) -> str:
     return recipes.load_recipe(str(directory.fetch("recipe.yaml"))).compute.device
 
 
-def _announce(run_dir: str, host: str, url: str) -> None:
+def _announce(run_dir: str, url: str) -> None:
     """Say where the endpoint is, and how to ask it."""
-    console.print(f"Serving {escape(run_dir)} at {url}/v1 (model: auto). Stop with Ctrl-C. Try:")
+    console.print(f"Serving {escape(run_dir)} at {url}/v1 (model: auto). Stop with Ctrl-C. Open {url} or try:")
     body = '{"model": "auto", "messages": [{"role": "user", "content": "Tell me a story about a lighthouse."}]}'
     key = f' -H "Authorization: Bearer ${API_KEY_ENV}"' if os.environ.get(API_KEY_ENV) else ""
     command = f"curl -i '{url}/v1/chat/completions'{key} -H 'Content-Type: application/json' -d '{body}'"
     console.print(f"  {command}", markup=False)
-    if not key and not _is_loopback(host):
-        warning = f"warning: anyone who reaches {host} can use this endpoint; set {API_KEY_ENV} to ask for a key"
-        console.print(escape(warning), style="yellow")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _show_answer(url: str, prompt: str) -> None:

@@ -1,5 +1,6 @@
 """The command line without Ray: what it says, and how it ends."""
 
+import contextlib
 import errno
 import importlib.abc
 import socket
@@ -203,29 +204,62 @@ def test_the_run_s_device_is_the_default(capsys, monkeypatch, pipeline, run_dir,
     assert (missing in gradientspace(capsys, "serve", run_dir, "--port", 0, *option)[2]) == (device == "cuda")
 
 
-@pytest.mark.parametrize(
-    ("host", "key", "warned"),
-    [
-        ("127.0.0.1", None, False),
-        ("::1", None, False),
-        ("localhost", None, False),
-        ("0.0.0.0", None, True),
-        ("::", None, True),
-        ("my-host", None, True),
-        ("0.0.0.0", "secret", False),
-    ],
-)
-def test_an_endpoint_that_others_reach_without_a_key_comes_with_a_warning(capsys, monkeypatch, host, key, warned):
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_an_endpoint_says_where_it_is_and_how_to_ask_it(capsys, monkeypatch, key):
     monkeypatch.delenv(cli.API_KEY_ENV, raising=False)
     if key:
         monkeypatch.setenv(cli.API_KEY_ENV, key)
-    cli._announce("runs/[a]", host, "http://[::1]:8000")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Serving runs/[a] at http://[::1]:8000/v1 (model: auto)")
-    assert (f'-H "Authorization: Bearer ${cli.API_KEY_ENV}"' in lines[1]) == bool(key)
-    assert "secret" not in "".join(lines)
-    assert [line for line in lines if line.startswith("warning: ")] == lines[2:]
-    assert len(lines) == 2 + warned
+    cli._announce("runs/[a]", "http://[::1]:8000")
+    first, command = capsys.readouterr().out.splitlines()
+    assert first.startswith("Serving runs/[a] at http://[::1]:8000/v1 (model: auto)")
+    assert (f'-H "Authorization: Bearer ${cli.API_KEY_ENV}"' in command) == bool(key)
+    assert "secret" not in command
+
+
+@pytest.mark.parametrize(
+    ("host", "option", "key", "refused"),
+    [
+        ("127.0.0.1", (), "", False),
+        ("::1", (), "", False),
+        ("localhost", (), "", False),
+        ("0.0.0.0", (), "", True),
+        ("::", (), "", True),
+        ("my-host", (), "", True),
+        ("0.0.0.0", (), "secret-secret-secret", False),
+        ("0.0.0.0", ("--set", "allow_anonymous=true"), "", False),
+    ],
+)
+def test_an_endpoint_that_strangers_could_use_is_refused(capsys, monkeypatch, run_dir, host, option, key, refused):
+    from gradientspace_ray.serving import app
+
+    def build(arguments):
+        raise RuntimeError("as far as this test goes")
+
+    @contextlib.contextmanager
+    def reserved_port(host, port):
+        yield port
+
+    monkeypatch.setenv(cli.API_KEY_ENV, key)
+    monkeypatch.setattr(app, "build", build)
+    monkeypatch.setattr(app, "reserved_port", reserved_port)
+    error = gradientspace(capsys, "serve", run_dir, "--host", host, "--device", "cpu", *option)[2]
+    assert ("could use this endpoint" in error) == refused
+    assert ("as far as this test goes" in error) != refused
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("max_slot=3", "max_slot: there is no such argument; did you mean max_slots?"),
+        ("max_slots=0", "max_slots: input should be greater than or equal to 1"),
+        ("max_slots", "--set max_slots: write it as key=value"),
+        ("max_slots=[", "--set max_slots=[: the value is not valid YAML"),
+        ("min_replicas=3", "min_replicas 3 is more than max_replicas 1"),
+    ],
+)
+def test_a_bad_argument_of_the_endpoint_is_one_line(capsys, run_dir, assignment, message):
+    code, _, error = gradientspace(capsys, "serve", run_dir, "--device", "cpu", "--set", assignment)
+    assert (code, error) == (1, f"error: {message}\n")
 
 
 HEADERS = {

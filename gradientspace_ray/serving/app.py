@@ -22,6 +22,7 @@ from gradientspace_ray.releases import own_release
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.experts import Experts
+from gradientspace_ray.serving.exposure import refuse_exposure
 from gradientspace_ray.serving.ingress import Ingress
 from gradientspace_ray.serving.key_file import read_keys
 from gradientspace_ray.serving.router import MAX_ONGOING_PROMPTS, PromptRouter
@@ -100,6 +101,17 @@ def _replicas(arguments: ServeArguments) -> dict[str, Any]:
             "downscale_delay_s": arguments.downscale_delay_s,
         },
     }
+
+
+def check_keys(arguments: ServeArguments, host: str) -> None:
+    """Find out now that an endpoint at this address would not start for want of keys.
+
+    Raises:
+        KeyFileError: the API keys cannot be used.
+        ExposedError: strangers could use the endpoint.
+    """
+    keys = read_keys(arguments.keys_file, arguments.api_key_env, arguments.admin_key_env)
+    refuse_exposure(host, keys, arguments.allow_anonymous)
 
 
 def check_device(device: str) -> None:

@@ -1,12 +1,19 @@
 """The arguments of the application: what a config file's `args` may say, and what the command line fills in."""
 
-from typing import Annotated, Literal
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
+
+
+class ArgumentError(ValueError):
+    """Arguments that cannot be used; one line that names the key and the mend."""
 
 
 class ServeArguments(BaseModel):
@@ -83,3 +90,36 @@ class ServeArguments(BaseModel):
             fewer = f"max_rows {self.max_rows} is more than max_ongoing_requests {self.max_ongoing_requests}"
             raise ValueError(f"{fewer}, so that rows would stay empty")
         return self
+
+
+def read_arguments(settings: Mapping[str, Any], assignments: Iterable[str] = ()) -> ServeArguments:
+    """Arguments of the command line.
+
+    Args:
+        settings: by key.
+        assignments: further ones, such as `max_slots=16`; values are YAML.
+
+    Raises:
+        ArgumentError: a key or a value cannot be used.
+    """
+    tree = dict(settings)
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ArgumentError(f"--set {assignment}: write it as key=value")
+        try:
+            tree[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ArgumentError(f"--set {assignment}: the value is not valid YAML") from error
+    try:
+        return ServeArguments.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(".".join(map(str, found["loc"])), found["type"], found["msg"]) for found in error.errors()]
+        raise ArgumentError("; ".join(problems)) from error
+
+
+def _explain(key: str, kind: str, message: str) -> str:
+    if kind != "extra_forbidden":
+        return f"{key}: {message[:1].lower()}{message[1:]}" if key else message.removeprefix("Value error, ")
+    near = difflib.get_close_matches(key, ServeArguments.model_fields, n=1, cutoff=0.5)
+    return f"{key}: there is no such argument" + (f"; did you mean {near[0]}?" if near else "")

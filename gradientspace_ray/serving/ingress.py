@@ -44,6 +44,7 @@ from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.board import ReleaseBoard
 from gradientspace_ray.serving.calls import CLIENT_LEFT, Call
 from gradientspace_ray.serving.exposition import CONTENT_TYPE, exposition
+from gradientspace_ray.serving.exposure import GIVE_KEYS, listening_host, refuse_exposure
 from gradientspace_ray.serving.handling import EventStream, RequestHandler
 from gradientspace_ray.serving.keys import Admission, Key, Keys, TooManyError, UnauthorisedError, is_loopback
 from gradientspace_ray.serving.metrics import IngressMetrics
@@ -53,7 +54,6 @@ from gradientspace_ray.serving.openai_requests import SamplingParameters
 from gradientspace_ray.serving.openapi import openapi_document
 
 ANNOUNCE_TIMEOUT_S, PREPARE_TIMEOUT_S = 30.0, 300.0
-GIVE_KEYS = "set GRADIENTSPACE_API_KEY or keys_file, or allow_anonymous: true"
 Who = TypeVar("Who")
 app = FastAPI(title="gradientspace", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -129,7 +129,9 @@ class Ingress:
 
         Raises:
             ReleaseError: the releases cannot be read.
+            ExposedError: other machines could ask without a key.
         """
+        refuse_exposure(listening_host(), keys, arguments.allow_anonymous)
         self._arguments = arguments
         self._keys = keys
         self._admission = Admission(arguments.max_requests)
@@ -299,9 +301,7 @@ class Ingress:
 
     def _admin(self, request: Request) -> Key:
         if not self._keys.admins:
-            raise forbidden(
-                "this endpoint has no admin key and takes no releases; set GRADIENTSPACE_ADMIN_KEY"
-            )
+            raise forbidden("this endpoint has no admin key and takes no releases; set GRADIENTSPACE_ADMIN_KEY")
         return self._known(self._keys.admin, request)
 
     def _known(self, find: Callable[[str | None], Who], request: Request) -> Who:

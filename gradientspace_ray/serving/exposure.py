@@ -1,0 +1,31 @@
+"""Whether an endpoint would answer strangers without a key."""
+
+from ray.serve.context import _get_global_client
+
+from gradientspace_ray.serving.keys import Keys, is_loopback
+
+GIVE_KEYS = "set GRADIENTSPACE_API_KEY or keys_file, or say allow_anonymous: true"
+
+
+class ExposedError(RuntimeError):
+    """An endpoint without keys on an address that other machines reach."""
+
+
+def refuse_exposure(host: str, keys: Keys, allow_anonymous: bool) -> None:
+    """Refuse to listen where strangers could ask.
+
+    Raises:
+        ExposedError: other machines reach `host`, no key is required, and nobody said that this is meant.
+    """
+    if not (keys.required or allow_anonymous or is_loopback(host)):
+        raise ExposedError(f"anyone who reaches {host} could use this endpoint: {GIVE_KEYS}")
+
+
+def listening_host() -> str:
+    """The address that Serve's proxies listen on; to be asked within a replica.
+
+    Serve tells it to nobody in public: its status has it, but only the dashboard does.
+    """
+    client = _get_global_client()
+    assert client is not None
+    return str(client.http_config.host)
