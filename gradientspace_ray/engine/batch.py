@@ -68,10 +68,11 @@ class BatchedModel:
         self._arguments: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._arguments["logits_to_keep"] = 1
-        self.cache = RowCache(
-            max_rows, self.context_tokens, max_cache_tokens, compute_dtype if self._autocasts else None
-        )
+        held = compute_dtype if self._autocasts else None
+        longest = max(map(len, CHECKED_PROMPTS))
+        self.cache = RowCache(len(CHECKED_PROMPTS), longest, len(CHECKED_PROMPTS) * longest, held)
         self._check()
+        self.cache = RowCache(max_rows, self.context_tokens, max_cache_tokens, held)
 
     def prefill(self, row: int, slot: int, start: int, tokens: Sequence[int]) -> Tensor:
         """Read a part of a prompt into a row, from position `start` on; the logits [V] after it."""

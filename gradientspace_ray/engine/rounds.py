@@ -115,11 +115,13 @@ class Rounds:
         return outcomes
 
     def end(self) -> list[Request]:
-        """All requests, for there will be no further round."""
+        """All requests, their leases ended, for there will be no further round."""
         requests = [*self._decoding] if self._reading is None else [*self._decoding, self._reading]
         self._decoding, self._reading = [], None
         while (request := self._queue.admit(lambda _: True)) is not None:
             requests.append(request)
+        for request in requests:
+            self._release(request)
         return requests
 
     def statistics(self) -> EngineStatistics:
@@ -241,7 +243,7 @@ class Rounds:
                 self._batched.cache.move(last, row, self._decoding[last].position)
                 self._decoding[row] = self._decoding[last]
             self._decoding.pop()
-            if self._reading is not None:
+            if self._reading is not None and self._reading.read:
                 self._batched.cache.move(last + 1, last, self._reading.read)
 
     def _release(self, request: Request) -> None:
