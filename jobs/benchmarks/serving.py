@@ -56,12 +56,13 @@ ENDPOINT_RATE = 1.0
 PACKAGES = ("torch", "transformers", "peft", "ray")
 QUICK = {
     "workloads": [ROUND_ROBIN, MORE_EXPERTS],
+    "burst": 10,
     "requests": 10,
     "rounds": 1,
     "tokens": (12, 20),
     "endpoint_pairs": 9,
 }
-SETTINGS = ("experts", "many_experts", "slots", "rows", "ensemble", "requests", "tokens", "rounds")
+SETTINGS = ("experts", "many_experts", "slots", "rows", "ensemble", "burst", "requests", "tokens", "rounds")
 SEED = 0
 
 
@@ -110,12 +111,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=_positive, default=8, metavar="N", help="of the engine; default: 8")
     parser.add_argument("--rows", type=_positive, default=8, metavar="N", help="of a batch; default: 8")
     parser.add_argument("--ensemble", type=_positive, metavar="K", help="its experts; default: all of --experts")
-    parser.add_argument("--requests", type=_positive, default=16, metavar="N", help="of one load; default: 16")
+    parser.add_argument("--burst", type=_positive, default=12, metavar="N", help="requests of a burst; default: 12")
+    parser.add_argument("--requests", type=_positive, default=16, metavar="N", help="of the open loop; default: 16")
     parser.add_argument("--tokens", type=_range, default=(24, 40), metavar="A-B", help="of an answer; default: 24-40")
     parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="bursts; default: 3")
-    parser.add_argument(
-        "--rate", type=float, metavar="X", help="requests a second; default: half of what base_only can"
-    )
+    parser.add_argument("--rate", type=float, metavar="X", help="requests a second; default: 0.6 of what base_only can")
     parser.add_argument("--endpoint-pairs", type=_positive, default=24, metavar="N", help="prompts; default: 24")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for adapters; default: the system's place")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), metavar="N", help="PyTorch's")
@@ -161,7 +161,7 @@ def measured(options: argparse.Namespace, console: Console, scratch: Path) -> di
         MethodError: the endpoint's process failed.
     """
     model, tokenizer = load_base(options.model), load_tokenizer(options.model)
-    needed = (options.rounds + 1) * options.requests
+    needed = options.rounds * options.burst + options.requests + options.rows
     prompts = read_prompts(options.data, needed + options.endpoint_pairs, options.model, scratch)
     lengths = [len(prompt.ids) for prompt in prompts]
     console.print(f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all")
@@ -193,6 +193,7 @@ def measured(options: argparse.Namespace, console: Console, scratch: Path) -> di
             experts=options.experts,
             many_experts=options.many_experts,
             prompts=prompts[:needed],
+            burst=options.burst,
             requests=options.requests,
             tokens=options.tokens,
             rounds=options.rounds,

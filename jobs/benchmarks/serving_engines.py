@@ -205,7 +205,7 @@ def longest_answer(requests: Sequence[Request]) -> int:
 @asynccontextmanager
 async def transformers_generate(setup: Setup) -> AsyncIterator[Answer]:
     """The bare base model, by `generate` of transformers."""
-    model = copy_of(setup.model, "sdpa")
+    model: Any = copy_of(setup.model, "sdpa")
 
     def generate(requests: Sequence[Request], step: Step) -> None:
         ids_PT, mask_PT = left_padded(requests)
@@ -262,7 +262,7 @@ def ensemble_model(setup: Setup) -> PreTrainedModel:
     model = copy_of(setup.model, "sdpa")
     experts = [read_adapter(folder) for folder in setup.folders[: setup.ensemble]]
     for name in experts[0]:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         matrices = [torch.stack([expert[name][side] for expert in experts]) for side in (0, 1)]
         model.set_submodule(name, EnsembleLinear(layer, *matrices))
     return model
@@ -337,7 +337,8 @@ async def continuous_batching(setup: Setup) -> AsyncIterator[Answer]:
         allow_block_sharing=False,
         auto_switch_to_flash=False,
     )
-    manager = copy_of(setup.model, "sdpa").init_continuous_batching(
+    model: Any = copy_of(setup.model, "sdpa")
+    manager = model.init_continuous_batching(
         GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0), settings
     )
     numbers = iter(range(10**9))

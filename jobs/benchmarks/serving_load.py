@@ -21,8 +21,6 @@ Answer = Callable[["Request"], AsyncGenerator[int, None]]
 ZIPF_EXPONENT = 1.0
 UNIFORM, ZIPF, ROUND_ROBIN, MORE_EXPERTS = "uniform", "zipf", "round_robin", "more_experts_than_slots"
 WORKLOADS = (UNIFORM, ZIPF, ROUND_ROBIN, MORE_EXPERTS)
-LEAD_S = 0.05
-"""All requests are waiting for their time before the first is due."""
 
 
 class AnswerError(RuntimeError):
@@ -121,13 +119,18 @@ async def play(requests: Sequence[Request], answer: Answer, limit_s: float) -> l
     """Send every request when it is due, and write down what comes.
 
     Args:
-        requests: what to ask.
+        requests: what to ask, in the order of their times.
         answer: who answers; what it raises is the error of that request alone.
-        limit_s: after so many seconds the requests that still run are cancelled; that is an error of theirs.
+        limit_s: so many seconds after the last was due, requests that still run are cancelled; that is an error too.
     """
-    start = time.perf_counter() + LEAD_S
+    start = time.perf_counter()
     traces = [Trace(request, start + request.due_s) for request in requests]
-    tasks = [asyncio.create_task(_follow(trace, answer)) for trace in traces]
+    tasks = []
+    for trace in traces:
+        if (early_s := trace.due - time.perf_counter()) > 0:
+            await asyncio.sleep(early_s)
+        # Tasks begin in the order of their making, so that requests that are due together keep theirs.
+        tasks.append(asyncio.create_task(_follow(trace, answer)))
     _, pending = await asyncio.wait(tasks, timeout=limit_s)
     for task in pending:
         task.cancel()
@@ -144,7 +147,6 @@ async def play(requests: Sequence[Request], answer: Answer, limit_s: float) -> l
 
 
 async def _follow(trace: Trace, answer: Answer) -> None:
-    await asyncio.sleep(trace.due - time.perf_counter())
     async with aclosing(answer(trace.request)) as counts:
         async for count in counts:
             trace.events.append((time.perf_counter(), count))

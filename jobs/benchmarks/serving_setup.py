@@ -10,7 +10,7 @@ from gradient_task import LORA_ALPHA, LORA_B_STD, LORA_RANK, mixture_folder, rea
 from serving_load import Prompt
 from transformers import PreTrainedModel
 
-from gradientspace_ray.examples.rendering import Renderer, prompt_view, until_last_answer
+from gradientspace_ray.examples.rendering import Renderer, View, prompt_view, until_last_answer
 from gradientspace_ray.models.loading import add_lora, load_tokenizer, save_adapter
 from gradientspace_ray.registry import Adapter, Registry, adapter_digest, write_registry
 from gradientspace_ray.router.classifier import LinearHead, RouterSettings, router_digest, save_router
@@ -18,7 +18,7 @@ from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.run import RunDirectory
 
 SEED = 0
-VIEW = "last_user"
+VIEW: View = "last_user"
 ENCODER_TOKENS = 256
 
 

@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import serving_engines as engines
 from serving_engines import Setup
 from serving_load import (
     MORE_EXPERTS,
+    ROUND_ROBIN,
     Answer,
     AnswerError,
     Prompt,
@@ -30,7 +30,7 @@ from gradientspace_ray.engine.adapters import AdapterFiles, HostCache
 from gradientspace_ray.engine.slots import Slots
 
 ENGINE, BASE, PEFT, ENSEMBLE = "engine", "base_only", "peft_mixed", "ensemble"
-LOAD = 0.5
+LOAD = 0.6
 """The open loop's rate, as a share of the requests per second that the base model answers when all wait."""
 LIMIT_S = 300.0
 WARM_TOKENS = 4
@@ -78,8 +78,10 @@ class Plan(NamedTuple):
     many_experts: int
     """Of the workload with more experts than slots."""
     prompts: Sequence[Prompt]
+    burst: int
+    """Requests of one burst."""
     requests: int
-    """Of one load."""
+    """Of the open loop."""
     tokens: tuple[int, int]
     """Shortest and longest answer."""
     rounds: int
@@ -88,21 +90,30 @@ class Plan(NamedTuple):
     seed: int
 
     def load(self, number: int, workload: str, rate: float | None) -> list[Request]:
-        """The requests of one load. Workloads share prompts, lengths and times; only the experts differ."""
-        start = number * self.requests
+        """The requests of one load. Workloads share prompts, lengths and times; only the experts differ.
+
+        Each load has prompts of its own, so that no prefix cache knows them.
+
+        Args:
+            number: of the load: those below `rounds` are bursts, then comes the open loop.
+            workload: decides the experts.
+            rate: of the open loop; None is a burst.
+        """
+        start = number * self.burst
+        count = self.requests if rate else self.burst
         experts = self.many_experts if workload == MORE_EXPERTS else self.experts
         return made_requests(
-            self.prompts[start : start + self.requests],
-            drawn_experts(workload, experts, self.requests, self.seed + number),
+            self.prompts[start : start + count],
+            drawn_experts(workload, experts, count, self.seed + number),
             self.tokens,
             rate,
             self.seed + number,
         )
 
-    @property
-    def needed_prompts(self) -> int:
-        """Each load has prompts of its own, so that no prefix cache knows them."""
-        return (self.rounds + 1) * self.requests
+    def warm_up(self, rows: int) -> list[Request]:
+        """One full batch of short answers to the last prompts, which no load has."""
+        prompts, experts = self.prompts[-rows:], drawn_experts(ROUND_ROBIN, self.experts, rows, self.seed)
+        return made_requests(prompts, experts, (WARM_TOKENS, WARM_TOKENS), None, self.seed)
 
 
 Load = dict[tuple[str, str], list[Trace]]
@@ -122,7 +133,7 @@ async def compare(setup: Setup, plan: Plan, names: Sequence[str], tell: Tell) ->
     skipped: dict[str, str] = {}
     async with AsyncExitStack() as stack:
         answers: dict[str, Answer] = {}
-        warm = [replace(request, max_tokens=WARM_TOKENS) for request in plan.load(plan.rounds, plan.workloads[0], None)]
+        warm = plan.warm_up(setup.rows)
         for name in names:
             started = perf_counter()
             try:
@@ -130,7 +141,7 @@ async def compare(setup: Setup, plan: Plan, names: Sequence[str], tell: Tell) ->
             except AnswerError as error:
                 skipped[name] = str(error)
                 continue
-            await play(warm[: setup.rows], answers[name], LIMIT_S)
+            await play(warm, answers[name], LIMIT_S)
             tell(f"{name}: ready after {perf_counter() - started:.0f} s")
         bursts = [await turn(plan, answers, number, None, tell) for number in range(plan.rounds)]
         rate = plan.rate or LOAD * capacity(bursts[0])
@@ -217,19 +228,20 @@ def ratios(setup: Setup, workload: str, bursts: Sequence[Load]) -> list[dict[str
     bars = (Bar(BASE, 0.85), Bar(PEFT, 2.0), Bar(ENSEMBLE, float(setup.ensemble)))
     found = []
     for other, times in bars:
-        values = [
-            _speed(setup, ENGINE, own) / _speed(setup, other, its)
+        speeds = [
+            (_speed(setup, ENGINE, own), _speed(setup, other, its))
             for load in bursts
             if (own := traces_of(load, ENGINE, workload)) and (its := traces_of(load, other, workload))
         ]
+        # Nobody is infinitely faster than one who fails.
+        values = [own / its for own, its in speeds if its]
         if values:
             found.append(verdict(f"engine / {other}, {workload}", statistics.median(values), times, at_least=True))
     return found
 
 
 def _speed(setup: Setup, name: str, traces: Sequence[Trace]) -> float:
-    # Nobody is infinitely faster than one who fails.
-    return decode_rate(traces, full_batch(setup, name)).tokens_per_second or float("nan")
+    return decode_rate(traces, full_batch(setup, name)).tokens_per_second
 
 
 def verdict(what: str, value: float, limit: float, at_least: bool) -> dict[str, Any]:
