@@ -188,18 +188,7 @@ def measured(options: argparse.Namespace, console: Console, scratch: Path) -> di
     }
     rate = options.rate or ENDPOINT_RATE
     if LOAD in options.parts:
-        plan = Plan(
-            workloads=options.workloads,
-            experts=options.experts,
-            many_experts=options.many_experts,
-            prompts=prompts[:needed],
-            burst=options.burst,
-            requests=options.requests,
-            tokens=options.tokens,
-            rounds=options.rounds,
-            rate=options.rate,
-            seed=SEED,
-        )
+        plan = plan_of(options, prompts[:needed])
         report |= asyncio.run(compare(setup, plan, options.contenders, console.print))
         rate = report["rate_per_second"]
     if SLOTS in options.parts:
@@ -217,6 +206,22 @@ def measured(options: argparse.Namespace, console: Console, scratch: Path) -> di
             for value in [report["routed_ttft"][name]["routed_to_allowed"]]
         ]
     return report
+
+
+def plan_of(options: argparse.Namespace, prompts: Sequence[Prompt]) -> Plan:
+    """What the contenders are asked."""
+    return Plan(
+        workloads=options.workloads,
+        experts=options.experts,
+        many_experts=options.many_experts,
+        prompts=prompts,
+        burst=options.burst,
+        requests=options.requests,
+        tokens=options.tokens,
+        rounds=options.rounds,
+        rate=options.rate,
+        seed=SEED,
+    )
 
 
 def routed(
