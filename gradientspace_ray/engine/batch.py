@@ -21,6 +21,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 # The check's logits may differ by this part of their spread: rounding is less, another token more.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
 HALF_TOLERANCE = 0.3
+MEND = "serve a base model of another architecture"
 CHECKED_PROMPTS = ([3, 5, 7, 11, 13, 17, 19], [2, 4, 8])
 
 
@@ -29,10 +30,15 @@ def context_tokens(config: PreTrainedConfig) -> int:
 
     LongRoPE (arXiv 2402.13753) turns to other frequencies for all rows of a batch where the longest passes the length
     that the model was first trained for, so no row may.
+
+    Raises:
+        ModelError: the model does not tell.
     """
     config = config.get_text_config()
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    longest: int = config.max_position_embeddings
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    if longest is None:
+        raise ModelError(f"{config.model_type}: its configuration has no max_position_embeddings; {MEND}")
     for parameters in (rope, *(kind for kind in rope.values() if isinstance(kind, dict))):
         if parameters.get("rope_type") == "longrope":
             longest = min(longest, parameters.get("original_max_position_embeddings", longest))
@@ -124,7 +130,6 @@ class BatchedModel:
             ModelError: they differ, or the model cannot be called so.
         """
         name = self._model.name_or_path or type(self._model).__name__
-        mend = "serve a base model of another architecture"
         first, second = CHECKED_PROMPTS
         try:
             check_layer_types(self._model.config)
@@ -139,14 +144,14 @@ class BatchedModel:
             ends = [first[-1], second[-1]], [len(first) - 1, len(second) - 1]
             got_NV = self.decode(*ends, [BASE_SLOT] * 2).float()
         except UnsupportedModelError as error:
-            raise ModelError(f"{name}: {error}; {mend}") from error
+            raise ModelError(f"{name}: {error}; {MEND}") from error
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{name}: rows of several requests cannot share a step ({reason}); {mend}") from error
+            raise ModelError(f"{name}: rows of several requests cannot share a step ({reason}); {MEND}") from error
         exact = not self._autocasts and self._model.dtype in TOLERANCE
         tolerance = TOLERANCE[self._model.dtype] if exact else HALF_TOLERANCE
         if not bool((got_NV - expected_NV).abs().max() <= tolerance * expected_NV.std()):
-            raise ModelError(f"{name}: rows of several requests change each other's logits; {mend}")
+            raise ModelError(f"{name}: rows of several requests change each other's logits; {MEND}")
 
 
 def _windows(config: PreTrainedConfig) -> dict[str, int | None]:

@@ -86,12 +86,14 @@ class SlottedLinear(nn.Module):
                     f"a linear layer reads {list(x_NTI.shape)} for {self._active.rows} rows, so their adapters cannot "
                     "be told apart; serve a base model of another architecture"
                 )
-            return torch.baddbmm(y_NTO, torch.bmm(x_NTI, self.a_NIR), self.b_NRO)
+            # In place, and so not cast by autocast.
+            return y_NTO.baddbmm_(torch.bmm(x_NTI, self.a_NIR), self.b_NRO.to(y_NTO.dtype))
         slot = self._active.slot
         if slot == BASE_SLOT:
             return y_NTO
         u_NTR = linear(x_NTI, self.a_SRI[slot])
-        return torch.addmm(y_NTO.flatten(0, -2), u_NTR.flatten(0, -2), self.b_SRO[slot]).view_as(y_NTO)
+        y_NTO.flatten(0, -2).addmm_(u_NTR.flatten(0, -2), self.b_SRO[slot].to(y_NTO.dtype))
+        return y_NTO
 
 
 @dataclass
