@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 from contextlib import aclosing
 
 import pytest
@@ -9,7 +10,7 @@ from tiny_run import make_adapter
 from gradientspace_ray.engine.adapters import AdapterFiles
 from gradientspace_ray.engine.contract import Sampling
 from gradientspace_ray.engine.fairness import MAX_OVERTAKES
-from gradientspace_ray.engine.scheduler import Engine, PromptTooLongError, UnknownTokenError
+from gradientspace_ray.engine.scheduler import Engine, EngineClosedError, PromptTooLongError, UnknownTokenError
 from gradientspace_ray.engine.slots import Slots
 from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
 
@@ -71,23 +72,26 @@ def test_concurrent_greedy_answers_equal_peft_one_at_a_time(tiny_model_dir, toke
     assert set(engine.leases().values()) == {0}
 
 
-def test_requests_advance_in_turn(tokenizer, engine):
-    async def order():
-        seen = []
+def test_requests_advance_in_turn(tokenizer, engine, monkeypatch):
+    seen, run = [], engine._rounds.run
 
-        async def one(name):
-            sampling = Sampling(max_tokens=30, seed=1, logit_bias={65: 100.0})  # a letter a token, so a piece a token
-            async for _ in engine.submit(tokenizer("abc")["input_ids"], sampling):
-                seen.append(name)
+    def run_and_record():
+        outcomes = run()
+        seen.extend(chr(request.prompt[0]) for request, _ in outcomes)
+        return outcomes
 
-        await asyncio.gather(*(one(name) for name in "abc"))
-        return seen
+    monkeypatch.setattr(engine._rounds, "run", run_and_record)
 
-    seen = asyncio.run(order())
+    async def together():
+        # A letter a token, so a piece a token.
+        sampling = Sampling(max_tokens=30, seed=1, logit_bias={65: 100.0})
+        await asyncio.gather(*(answer(engine, [ord(name)] * 3, sampling) for name in "abc"))
+
+    asyncio.run(together())
     assert sorted(seen) == sorted("abc" * 30)
     together = seen[seen.index("c") : len(seen) - seen[::-1].index("a") - 1]
     assert len(together) > 60
-    for start in range(len(together) - 3):
+    for start in range(len(together) - 2):
         assert len(set(together[start : start + 3])) == 3, "one request ran ahead of the others"
 
 
@@ -195,3 +199,95 @@ def test_an_answer_ends_at_the_end_of_the_context(tokenizer, engine):
     prompt_ids = [5] * (engine.context_tokens - 3)
     _, last = asyncio.run(answer(engine, prompt_ids, Sampling(max_tokens=50, temperature=0)))
     assert (last.completion_tokens, last.finish_reason) == (3, "length")
+
+
+def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(tokenizer, adapters, engine, monkeypatch):
+    """Two requests generate and a third one's prompt is being read; the third is none of the step's."""
+    prompt_ids, sampling = tokenizer("a")["input_ids"], Sampling(max_tokens=8, temperature=0, ignore_eos=True)
+    long_prompt = tokenizer("b" * 600)["input_ids"]
+    decode = engine._batched.decode
+    alone = asyncio.run(answer(engine, long_prompt, sampling, adapters[1]))
+
+    def fail_for_two(tokens, positions, slots):
+        if len(tokens) == 2 and engine._rounds._reading is not None:
+            raise RuntimeError("out of memory")
+        return decode(tokens, positions, slots)
+
+    engine._rounds._prefix.clear()
+    monkeypatch.setattr(engine._batched, "decode", fail_for_two)
+
+    async def together():
+        long = Sampling(max_tokens=1000, temperature=0, ignore_eos=True)
+        tasks = [asyncio.create_task(answer(engine, prompt_ids, long, adapters[0])) for _ in range(2)]
+        await until(lambda: engine.statistics().rows == 2)
+        return await asyncio.gather(*tasks, answer(engine, long_prompt, sampling, adapters[1]), return_exceptions=True)
+
+    first, second, third = asyncio.run(together())
+    assert str(first) == str(second) == "out of memory"
+    assert third == (alone[0], dataclasses.replace(third[1], queued_s=None))
+    assert engine.healthy
+    assert set(engine.leases().values()) == {0}
+
+
+def test_the_engine_tells_what_it_does(tokenizer, adapters, engine, tmp_path, caplog):
+    prompt_ids, sampling = tokenizer("a" * 100)["input_ids"], Sampling(max_tokens=5, temperature=0, ignore_eos=True)
+
+    async def requests():
+        await engine.prefetch(adapters[0])
+        await until(lambda: engine.leases() == {adapters[0].id: 0})
+        await engine.prefetch(AdapterFiles("missing@0", tmp_path))
+        await answer(engine, prompt_ids, sampling, adapters[0])
+        _, again = await answer(engine, prompt_ids, sampling, adapters[0])
+        _, other = await answer(engine, prompt_ids, sampling, adapters[1])
+        await engine.prefetch(adapters[2])  # no slot is unused
+        await answer(engine, prompt_ids, sampling)
+        return again, other
+
+    again, other = asyncio.run(requests())
+    assert (again.cached_tokens, other.cached_tokens) == (96, 0)
+    statistics = engine.statistics()
+    assert statistics.generated_tokens == {adapters[0].id: 10, adapters[1].id: 5, None: 5}
+    assert (statistics.prompt_tokens, statistics.cached_tokens) == (400, 96)
+    assert (statistics.rows, statistics.waiting, statistics.evictions, statistics.loads) == (0, {}, 0, 2)
+    assert statistics.leases == {adapters[0].id: 0, adapters[1].id: 0}
+    assert "missing@0 cannot be prefetched" in caplog.text
+
+
+def test_a_conversation_goes_on_from_its_last_answer(tokenizer, engine):
+    async def turns():
+        first = tokenizer("a" * 40)["input_ids"]
+        _, last = await answer(engine, first, Sampling(max_tokens=60, seed=3, logit_bias={65: 100.0}))
+        return await answer(engine, [*first, *[65] * last.completion_tokens, 66], Sampling(max_tokens=1))
+
+    assert asyncio.run(turns())[1].cached_tokens == 96  # of 99 tokens that were read, whole blocks of 32
+
+
+def test_a_closed_engine_says_so(tokenizer, engine):
+    prompt_ids = tokenizer("a")["input_ids"]
+
+    async def close():
+        running = asyncio.create_task(answer(engine, prompt_ids, Sampling(max_tokens=2000, ignore_eos=True)))
+        await until(lambda: engine.statistics().rows == 1)
+        engine.close()
+        with pytest.raises(EngineClosedError):
+            await running
+        with pytest.raises(EngineClosedError):
+            await answer(engine, prompt_ids, Sampling(max_tokens=1))
+
+    assert engine.healthy
+    asyncio.run(close())
+    assert not engine.healthy
+
+
+def test_seeds_decide_whatever_else_is_in_the_batch(tokenizer, adapters, engine):
+    prompt_ids = tokenizer("Tell me")["input_ids"]
+    sampling = Sampling(max_tokens=10, temperature=1.3, top_p=0.9, seed=5, top_logprobs=2)
+
+    async def among_others():
+        others = [Sampling(max_tokens=15, seed=seed) for seed in range(3)]
+        mixed = [answer(engine, prompt_ids, other, adapter) for other, adapter in zip(others, adapters, strict=True)]
+        return (await asyncio.gather(*mixed, answer(engine, prompt_ids, sampling, adapters[0])))[-1]
+
+    alone, last = asyncio.run(answer(engine, prompt_ids, sampling, adapters[0]))
+    assert asyncio.run(among_others())[0] == alone
+    assert last.completion_tokens == 10
