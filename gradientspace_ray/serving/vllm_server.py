@@ -1,0 +1,253 @@
+"""The experts deployment on vLLM. Importing this module needs vLLM; see `vllm` for what does not."""
+
+import asyncio
+import itertools
+import logging
+import shutil
+import tempfile
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
+from vllm import SamplingParams
+from vllm.exceptions import VLLMError
+from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from gradientspace_ray.engine.contract import Piece, Sampling
+from gradientspace_ray.errors import one_line
+from gradientspace_ray.examples.rendering import Renderer, RenderingError
+from gradientspace_ray.models.loading import ModelError, load_tokenizer, resolve_model
+from gradientspace_ray.run import RunError
+from gradientspace_ray.serving.messages import AnswerItem, Generation, Place, Refused, Started
+from gradientspace_ray.serving.vllm import VllmArguments, base_id, lora_name
+from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers
+from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields
+
+NAME = "Experts"
+"""Of the deployment, whatever engine it has."""
+log = logging.getLogger(__name__)
+
+
+def deployment(
+    base_model: str,
+    arguments: VllmArguments,
+    engine_kwargs: Mapping[str, Any],
+    *,
+    device: str,
+    cpus: float,
+    max_tokens: int,
+    options: Mapping[str, Any],
+) -> Application:
+    """The deployment, bound; see `vllm.vllm_experts`.
+
+    Raises:
+        ValueError: vLLM does not know an engine argument, or Serve an option.
+    """
+    on_cpu = device == "cpu"
+    # vLLM's workers on GPUs are Ray actors beside the replica; on a CPU they are its own child processes.
+    worker: dict[str, float] = {"CPU": cpus} if on_cpu else {"GPU": 1}
+    config = LLMConfig(
+        model_loading_config={"model_id": base_id(base_model), "model_source": base_model},
+        engine_kwargs=dict(engine_kwargs),
+        accelerator_type=arguments.accelerator_type,
+        accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
+        # One machine, because the adapters' files are on the replica's.
+        placement_group_config={"bundle_per_worker": worker, "strategy": "STRICT_PACK"},
+        deployment_config={**options, "ray_actor_options": {"num_cpus": 0 if on_cpu else cpus}},
+    )
+    return build_llm_deployment(
+        config,
+        deployment_cls=VllmExperts,
+        bind_kwargs={"base_model": base_model, "max_tokens": max_tokens},
+        override_serve_options={"name": NAME},
+    )
+
+
+class VllmExperts(LLMServer):
+    """Generates with the adapter that a request names; vLLM mixes adapters in a forward pass.
+
+    Serve's multiplexing only steers requests to a replica that holds the adapter. It evicts what is in use and loads
+    one adapter at a time, so what it holds here is a name, and the adapters are on a shelf that counts their users.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: LLMConfig, *, base_model: str, max_tokens: int
+    ) -> None:
+        """Load the base model.
+
+        Args:
+            llm_config: what `deployment` made.
+            base_model: of the run.
+            max_tokens: most tokens of one answer.
+
+        Raises:
+            ModelError: the base model has no usable tokenizer.
+        """
+        # Here and not in `deployment`: a bundled model's folder is this machine's.
+        engine_config: Any = llm_config.get_engine_config()
+        engine_config.hf_model_id = await asyncio.to_thread(resolve_model, base_model)
+        self._base_model = base_model
+        self._tokenizer = await asyncio.to_thread(load_tokenizer, base_model)
+        self._renderer = Renderer(self._tokenizer)
+        self._layers = await asyncio.to_thread(linear_layers, base_model)
+        self._max_tokens = max_tokens
+        self._max_lora_rank: int = llm_config.engine_kwargs["max_lora_rank"]
+        capacity: int = llm_config.engine_kwargs["max_cpu_loras"]
+        self._numbers = itertools.count(1)
+        self._copies = tempfile.TemporaryDirectory(prefix="gradientspace-adapters-")
+        self._shelf = Shelf(capacity, self._load, self._unload)
+        self._prefetches: set[asyncio.Task[str | None]] = set()
+
+        @serve.multiplexed(max_num_models_per_replica=capacity)
+        async def hold(adapter_id: str) -> str:
+            return adapter_id
+
+        self._hold = hold
+        await super().__init__(llm_config)
+        # vLLM's client for its engine's process. `LLMServer` itself has only OpenAI's methods, on top of it.
+        engine: Any = self.engine
+        self._client = engine._engine_client
+
+    async def generate(self, request: Generation) -> AsyncGenerator[AnswerItem, None]:
+        """One answer: `Started` and then pieces, or `Refused`. Closing the iterator ends the request.
+
+        Raises:
+            RunChangedError: the run no longer holds the adapter.
+            RuntimeError: the adapter cannot be loaded, or the engine failed.
+        """
+        prompt_ids = self._read(request)
+        if isinstance(prompt_ids, Refused):
+            yield prompt_ids
+            return
+        if request.prefetch is not None:
+            prefetch = asyncio.create_task(self._problem(request.prefetch))
+            self._prefetches.add(prefetch)
+            prefetch.add_done_callback(self._prefetches.discard)
+        async with self._adapter(request.adapter) as lora:
+            yield Started(len(prompt_ids))
+            async with aclosing(self._pieces(request.sampling, prompt_ids, lora)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def prepare(self, places: list[Place]) -> list[str]:
+        """Load adapters ahead of their first request.
+
+        Returns:
+            What is wrong with those that cannot be loaded, one line each.
+        """
+        problems = await asyncio.gather(*(self._problem(place) for place in places))
+        return [problem for problem in problems if problem is not None]
+
+    async def leases(self) -> dict[str, int]:
+        """Adapter -> number of requests that use it now, for every adapter in memory."""
+        return self._shelf.leases()
+
+    def _read(self, request: Generation) -> list[int] | Refused:
+        """The prompt's tokens; or why the request cannot be served, which vLLM would say in its own words."""
+        prompt, sampling = request.prompt, request.sampling
+        param = "prompt"
+        if isinstance(prompt, str):
+            prompt_ids: list[int] = self._tokenizer.encode(prompt)
+        elif prompt and isinstance(prompt[0], int):
+            prompt_ids = prompt  # type: ignore[assignment]
+        else:
+            param = "messages"
+            try:
+                prompt_ids = self._renderer.prompt(prompt)
+            except RenderingError as error:
+                return Refused(str(error), None, param)
+        model = self._client.model_config
+        context, vocabulary = model.max_model_len, model.get_vocab_size()
+        if not 1 <= len(prompt_ids) < context:
+            message = f"the prompt has {len(prompt_ids)} tokens; this model reads 1 to {context - 1}"
+            return Refused(message, "context_length_exceeded", param)
+        for name, tokens in ((param, prompt_ids), ("logit_bias", list(sampling.logit_bias))):
+            wrong = [token for token in tokens if not 0 <= token < vocabulary]
+            if wrong:
+                return Refused(f"token {wrong[0]} does not exist; this model has 0 to {vocabulary - 1}", None, name)
+        if sampling.max_tokens > self._max_tokens:
+            asked = f"{sampling.max_tokens} were asked for"
+            return Refused(f"this server answers with at most {self._max_tokens} tokens, {asked}", None, "max_tokens")
+        return prompt_ids
+
+    @asynccontextmanager
+    async def _adapter(self, place: Place | None) -> AsyncIterator[LoRARequest | None]:
+        """The adapter in vLLM, for the length of the block; Serve learns that this replica holds it."""
+        if place is None:
+            yield None
+            return
+        async with self._shelf.lease(place) as lora:
+            await self._hold(place.id)
+            yield lora
+
+    async def _pieces(
+        self, sampling: Sampling, prompt_ids: list[int], lora: LoRARequest | None
+    ) -> AsyncGenerator[Piece, None]:
+        room = self._client.model_config.max_model_len - len(prompt_ids)
+        fields = sampling_fields(replace(sampling, max_tokens=sampling.max_tokens or self._max_tokens), room)
+        parameters = SamplingParams(**fields, output_kind=RequestOutputKind.DELTA)
+        answer = Answer(self._tokenizer, sampling.top_logprobs)
+        prompt = TokensPrompt(prompt_token_ids=prompt_ids)
+        try:
+            async with aclosing(
+                self._client.generate(prompt, parameters, uuid.uuid4().hex, lora_request=lora)
+            ) as outputs:
+                async for output in outputs:
+                    if (piece := answer.piece(output)) is not None:
+                        yield piece
+        except (VLLMError, EngineDeadError, EngineGenerateError) as error:
+            # A built-in error, or the ingress would import vLLM to read it.
+            raise RuntimeError(f"vLLM failed: {one_line(error)}") from error
+
+    async def _problem(self, place: Place) -> str | None:
+        """Load an adapter; what is wrong with it, in one line."""
+        try:
+            async with self._adapter(place):
+                return None
+        except (RuntimeError, RunError, OSError) as error:
+            problem = f"{place.id}: {one_line(error)}"
+            log.warning("%s", problem)
+            return problem
+
+    async def _load(self, place: Place) -> LoRARequest:
+        number = next(self._numbers)
+        folder = Path(self._copies.name) / str(number)
+        lora = LoRARequest(lora_name(self._base_model, place.id), number, str(folder))
+        try:
+            await asyncio.to_thread(self._copy, place, folder)
+            await self._add(place, lora)
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            raise
+        return lora
+
+    async def _add(self, place: Place, lora: LoRARequest) -> None:
+        try:
+            loaded = await self._client.add_lora(lora)
+        except Exception as error:
+            # What the engine's process raises arrives as a plain Exception. A part of the adapter may be there.
+            await self._client.remove_lora(lora.lora_int_id)
+            raise RuntimeError(f"vLLM cannot load {place.id}: {one_line(error)}") from error
+        if not loaded:
+            raise RuntimeError(f"vLLM did not load {place.id}")
+
+    def _copy(self, place: Place, folder: Path) -> None:
+        copy_verified(place, folder)
+        try:
+            check_fits(folder, self._layers, self._max_lora_rank)
+        except ModelError as error:
+            # A built-in error, or the ingress would import torch to read it.
+            raise RuntimeError(f"{place.id} cannot be served: {error}") from error
+
+    async def _unload(self, lora: LoRARequest) -> None:
+        await self._client.remove_lora(lora.lora_int_id)
+        await asyncio.to_thread(shutil.rmtree, lora.lora_path, ignore_errors=True)
