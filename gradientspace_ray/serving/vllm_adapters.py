@@ -146,6 +146,7 @@ class Shelf(Generic[T]):
         held = self._held.get(place.id)
         if held is None:
             held = self._held[place.id] = _Held(asyncio.create_task(self._loaded(place)))
+            held.loading.add_done_callback(lambda _: self._make_room())
         self._held.move_to_end(place.id)
         held.users += 1
         try:
@@ -155,22 +156,20 @@ class Shelf(Generic[T]):
             self._make_room()
 
     def leases(self) -> dict[str, int]:
-        """Adapter -> how many use it now, for every adapter that is held or on its way."""
+        """Adapter -> how many use it now, for every adapter that is ready or on its way."""
         return {adapter_id: held.users for adapter_id, held in self._held.items()}
 
     async def _loaded(self, place: Place) -> T:
         try:
-            value = await self._load(place)
+            return await self._load(place)
         except BaseException:
             del self._held[place.id]
             raise
-        self._make_room()
-        return value
 
     def _make_room(self) -> None:
-        excess = len(self._held) - self._capacity
-        idle = [id_ for id_, held in self._held.items() if not held.users and held.loading.done()]
-        for adapter_id in idle[: max(excess, 0)]:
+        ready = [id_ for id_, held in self._held.items() if held.loading.done()]
+        idle = [id_ for id_ in ready if not self._held[id_].users]
+        for adapter_id in idle[: max(len(ready) - self._capacity, 0)]:
             task = asyncio.create_task(self._away(self._held.pop(adapter_id).loading.result()))
             self._unloading.add(task)
             task.add_done_callback(self._unloading.discard)

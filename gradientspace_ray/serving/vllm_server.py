@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import os
 import shutil
 import tempfile
 import uuid
@@ -17,17 +18,16 @@ from ray.serve import Application
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from vllm import SamplingParams
 from vllm.exceptions import VLLMError
-from vllm.inputs import TokensPrompt
+from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from gradientspace_ray.engine.contract import Piece, Sampling
 from gradientspace_ray.errors import one_line
 from gradientspace_ray.examples.rendering import Renderer, RenderingError
 from gradientspace_ray.models.loading import ModelError, load_tokenizer, resolve_model
-from gradientspace_ray.run import RunError
-from gradientspace_ray.serving.messages import AnswerItem, Generation, Place, Refused, Started
+from gradientspace_ray.run import COPIES, RunError
+from gradientspace_ray.serving.messages import AnswerItem, Generation, Message, Place, Refused, Started
 from gradientspace_ray.serving.vllm import VllmArguments, base_id, lora_name
 from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers
 from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields
@@ -59,7 +59,6 @@ def deployment(
         model_loading_config={"model_id": base_id(base_model), "model_source": base_model},
         engine_kwargs=dict(engine_kwargs),
         accelerator_type=arguments.accelerator_type,
-        accelerator_config={"kind": "cpu" if on_cpu else "gpu"},
         # One machine, because the adapters' files are on the replica's.
         placement_group_config={"bundle_per_worker": worker, "strategy": "STRICT_PACK"},
         deployment_config={**options, "ray_actor_options": {"num_cpus": 0 if on_cpu else cpus}},
@@ -103,7 +102,8 @@ class VllmExperts(LLMServer):
         self._max_lora_rank: int = llm_config.engine_kwargs["max_lora_rank"]
         capacity: int = llm_config.engine_kwargs["max_cpu_loras"]
         self._numbers = itertools.count(1)
-        self._copies = tempfile.TemporaryDirectory(prefix="gradientspace-adapters-")
+        # By this name, the next process that fetches removes what a killed one left.
+        self._copies = tempfile.TemporaryDirectory(prefix=f"{COPIES}{os.getpid()}-")
         self._shelf = Shelf(capacity, self._load, self._unload)
         self._prefetches: set[asyncio.Task[str | None]] = set()
 
@@ -153,18 +153,11 @@ class VllmExperts(LLMServer):
 
     def _read(self, request: Generation) -> list[int] | Refused:
         """The prompt's tokens; or why the request cannot be served, which vLLM would say in its own words."""
-        prompt, sampling = request.prompt, request.sampling
-        param = "prompt"
-        if isinstance(prompt, str):
-            prompt_ids: list[int] = self._tokenizer.encode(prompt)
-        elif prompt and isinstance(prompt[0], int):
-            prompt_ids = prompt  # type: ignore[assignment]
-        else:
-            param = "messages"
-            try:
-                prompt_ids = self._renderer.prompt(prompt)
-            except RenderingError as error:
-                return Refused(str(error), None, param)
+        sampling = request.sampling
+        try:
+            prompt_ids, param = self._rendered(request.prompt)
+        except RenderingError as error:
+            return Refused(str(error), None, "messages")
         model = self._client.model_config
         context, vocabulary = model.max_model_len, model.get_vocab_size()
         if not 1 <= len(prompt_ids) < context:
@@ -178,6 +171,15 @@ class VllmExperts(LLMServer):
             asked = f"{sampling.max_tokens} were asked for"
             return Refused(f"this server answers with at most {self._max_tokens} tokens, {asked}", None, "max_tokens")
         return prompt_ids
+
+    def _rendered(self, prompt: list[Message] | str | list[int]) -> tuple[list[int], str]:
+        """The prompt's tokens, and the parameter that it came in."""
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt), "prompt"
+        tokens = [token for token in prompt if isinstance(token, int)]
+        if tokens:
+            return tokens, "prompt"
+        return self._renderer.prompt([message for message in prompt if isinstance(message, dict)]), "messages"
 
     @asynccontextmanager
     async def _adapter(self, place: Place | None) -> AsyncIterator[LoRARequest | None]:
@@ -196,7 +198,7 @@ class VllmExperts(LLMServer):
         fields = sampling_fields(replace(sampling, max_tokens=sampling.max_tokens or self._max_tokens), room)
         parameters = SamplingParams(**fields, output_kind=RequestOutputKind.DELTA)
         answer = Answer(self._tokenizer, sampling.top_logprobs)
-        prompt = TokensPrompt(prompt_token_ids=prompt_ids)
+        prompt = tokens_input(prompt_ids)
         try:
             async with aclosing(
                 self._client.generate(prompt, parameters, uuid.uuid4().hex, lora_request=lora)
@@ -204,7 +206,7 @@ class VllmExperts(LLMServer):
                 async for output in outputs:
                     if (piece := answer.piece(output)) is not None:
                         yield piece
-        except (VLLMError, EngineDeadError, EngineGenerateError) as error:
+        except VLLMError as error:
             # A built-in error, or the ingress would import vLLM to read it.
             raise RuntimeError(f"vLLM failed: {one_line(error)}") from error
 
