@@ -23,12 +23,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gradientspace_ray.engine.contract import Sampling
-from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer, save_adapter
+from gradientspace_ray.models.loading import ModelError, load_adapter, load_base, load_tokenizer, save_adapter
 from gradientspace_ray.registry import ADAPTER_FILES, Adapter, Registry, adapter_digest
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving import vllm
 from gradientspace_ray.serving.messages import Place, RunChangedError
-from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers
+from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers, write_empty
 from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields, token_bytes
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
@@ -195,6 +195,16 @@ def test_linear_layers_are_the_models_without_its_weights(layers, tiny_model_dir
 
 def test_an_adapter_of_this_model_fits(adapter, layers):
     check_fits(adapter, layers, 8)
+
+
+def test_the_empty_adapter_fits_and_changes_nothing(layers, tiny_model_dir, tmp_path):
+    write_empty(tmp_path / "empty", layers)
+    check_fits(tmp_path / "empty", layers, 1)
+    base = load_base(str(tiny_model_dir), "float32", "cpu")
+    ids = torch.arange(12).unsqueeze(0)
+    expected = base(ids).logits
+    adapted = load_adapter(base, tmp_path / "empty")
+    assert torch.equal(adapted(ids).logits, expected)
 
 
 @pytest.mark.parametrize(

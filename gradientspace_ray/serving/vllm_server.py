@@ -29,7 +29,7 @@ from gradientspace_ray.models.loading import ModelError, load_tokenizer, resolve
 from gradientspace_ray.run import COPIES, RunError
 from gradientspace_ray.serving.messages import AnswerItem, Generation, Message, Place, Refused, Started
 from gradientspace_ray.serving.vllm import VllmArguments, base_id, lora_name
-from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers
+from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers, write_empty
 from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields
 
 NAME = "Experts"
@@ -66,7 +66,7 @@ def deployment(
     return build_llm_deployment(
         config,
         deployment_cls=VllmExperts,
-        bind_kwargs={"base_model": base_model, "max_tokens": max_tokens},
+        bind_kwargs={"base_model": base_model, "max_tokens": max_tokens, "on_cpu": on_cpu},
         override_serve_options={"name": NAME},
     )
 
@@ -79,7 +79,7 @@ class VllmExperts(LLMServer):
     """
 
     async def __init__(  # type: ignore[misc]
-        self, llm_config: LLMConfig, *, base_model: str, max_tokens: int
+        self, llm_config: LLMConfig, *, base_model: str, max_tokens: int, on_cpu: bool
     ) -> None:
         """Load the base model.
 
@@ -87,6 +87,7 @@ class VllmExperts(LLMServer):
             llm_config: what `deployment` made.
             base_model: of the run.
             max_tokens: most tokens of one answer.
+            on_cpu: whether this is vLLM for the CPU.
 
         Raises:
             ModelError: the base model has no usable tokenizer.
@@ -116,6 +117,10 @@ class VllmExperts(LLMServer):
         # vLLM's client for its engine's process. `LLMServer` itself has only OpenAI's methods, on top of it.
         engine: Any = self.engine
         self._client = engine._engine_client
+        # On a CPU, vLLM gives rows without an adapter the one in its last slot (vllm-project/vllm#48421).
+        self._empty = self._request("base") if on_cpu else None
+        if self._empty is not None:
+            write_empty(Path(self._empty.lora_path), self._layers)
 
     async def generate(self, request: Generation) -> AsyncGenerator[AnswerItem, None]:
         """One answer: `Started` and then pieces, or `Refused`. Closing the iterator ends the request.
@@ -185,7 +190,7 @@ class VllmExperts(LLMServer):
     async def _adapter(self, place: Place | None) -> AsyncIterator[LoRARequest | None]:
         """The adapter in vLLM, for the length of the block; Serve learns that this replica holds it."""
         if place is None:
-            yield None
+            yield self._empty
             return
         async with self._shelf.lease(place) as lora:
             await self._hold(place.id)
@@ -196,10 +201,10 @@ class VllmExperts(LLMServer):
     ) -> AsyncGenerator[Piece, None]:
         room = self._client.model_config.max_model_len - len(prompt_ids)
         fields = sampling_fields(replace(sampling, max_tokens=sampling.max_tokens or self._max_tokens), room)
-        parameters = SamplingParams(**fields, output_kind=RequestOutputKind.DELTA)
         answer = Answer(self._tokenizer, sampling.top_logprobs)
         prompt = tokens_input(prompt_ids)
         try:
+            parameters = SamplingParams(**fields, output_kind=RequestOutputKind.DELTA)
             async with aclosing(
                 self._client.generate(prompt, parameters, uuid.uuid4().hex, lora_request=lora)
             ) as outputs:
@@ -221,16 +226,19 @@ class VllmExperts(LLMServer):
             return problem
 
     async def _load(self, place: Place) -> LoRARequest:
-        number = next(self._numbers)
-        folder = Path(self._copies.name) / str(number)
-        lora = LoRARequest(lora_name(self._base_model, place.id), number, str(folder))
+        lora = self._request(place.id)
         try:
-            await asyncio.to_thread(self._copy, place, folder)
+            await asyncio.to_thread(self._copy, place, Path(lora.lora_path))
             await self._add(place, lora)
         except BaseException:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, lora.lora_path, ignore_errors=True)
             raise
         return lora
+
+    def _request(self, adapter_id: str) -> LoRARequest:
+        """What vLLM knows an adapter by: its name, a number that no other had, a folder for its files."""
+        number = next(self._numbers)
+        return LoRARequest(lora_name(self._base_model, adapter_id), number, f"{self._copies.name}/{number}")
 
     async def _add(self, place: Place, lora: LoRARequest) -> None:
         try:
