@@ -19,17 +19,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from tiny_models import BYTES, IM_END, byte_tokenizer, random_causal_lm, tiny_llama_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from gradientspace_ray.engine.contract import Sampling
-from gradientspace_ray.models.loading import ModelError, load_adapter, load_base, load_tokenizer, save_adapter
+from gradientspace_ray.models.loading import ModelError, load_adapter, load_base, save_adapter
 from gradientspace_ray.registry import ADAPTER_FILES, Adapter, Registry, adapter_digest
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving import vllm
 from gradientspace_ray.serving.messages import Place, RunChangedError
 from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers, write_empty
-from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields, token_bytes
+from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
 
@@ -362,7 +360,7 @@ def test_sampling_in_vllms_terms(sampling, room):
     assert fields["temperature"] == (sampling.temperature if sampling.temperature >= 1e-5 else 0)
     assert (fields["seed"] is None) == (sampling.seed is None)
     assert fields["seed"] is None or 0 <= fields["seed"] < 2**63
-    assert tuple(fields["stop"]) == sampling.stop
+    assert not {"stop", "n"} & set(fields)
     assert (fields["logit_bias"] or {}) == sampling.logit_bias
     assert fields["logprobs"] == sampling.top_logprobs
     if importlib.util.find_spec("vllm"):
@@ -381,11 +379,9 @@ class Logprob:
 class Completion:
     """As vLLM's CompletionOutput of kind DELTA."""
 
-    text: str
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    stop_reason: int | str | None = None
 
 
 @dataclass
@@ -399,62 +395,41 @@ class Output:
 def test_pieces_are_the_answer_however_vllm_cuts_it(parts, data):
     tokenizer = byte_tokenizer()
     end = tokenizer.convert_tokens_to_ids(IM_END)
-    reason, stop_reason = data.draw(st.sampled_from([("stop", None), ("stop", "zz"), ("stop", end), ("length", None)]))
-    ends_by_token = reason == "stop" and stop_reason != "zz"
+    reason = data.draw(st.sampled_from(["stop", "length"]))
+    stop = data.draw(st.sampled_from(["ab", "cc", "zz", "abc"]))
     outputs = []
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
-        tokens = [BYTES.index(character) for character in part] + ([end] if last and ends_by_token else [])
+        tokens = [BYTES.index(character) for character in part] + ([end] if last and reason == "stop" else [])
         # The chosen token comes first, whatever its rank, then the most likely ones.
         found = [{token: Logprob(-3.0, 9), 0: Logprob(-1.0, 1), 1: Logprob(-2.0, 2)} for token in tokens]
-        finish = {"finish_reason": reason, "stop_reason": stop_reason} if last else {}
-        outputs.append(Output([Completion(part, tokens, found, **finish)]))
-    answer = Answer(tokenizer, top_logprobs=2)
-    pieces = [piece for output in outputs if (piece := answer.piece(output)) is not None]
-    text = "".join(parts)
+        outputs.append(Output([Completion(tokens, found, reason if last else None)]))
+    answer = Answer(tokenizer, Sampling(100, stop=(stop,), top_logprobs=2))
+    pieces = []
+    for output in outputs:
+        piece = answer.piece(output)
+        pieces += [piece] if piece is not None else []
+        if piece is not None and piece.finish_reason is not None:
+            break
+    whole = "".join(parts)
+    text, stopped, _ = whole.partition(stop)
     assert "".join(piece.text for piece in pieces) == text
-    assert [piece.finish_reason for piece in pieces] == [None] * (len(parts) - 1) + [reason]
-    assert pieces[-1].completion_tokens == len(text) + ends_by_token
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == ("stop" if stopped else reason)
+    assert pieces[-1].completion_tokens == len(text + stopped) + (reason == "stop" and not stopped)
     logprobs = [logprob for piece in pieces for logprob in piece.logprobs]
     assert "".join(logprob.token for logprob in logprobs) == text
-    assert {logprob.logprob for logprob in logprobs} == {-3.0}
-    assert {tuple((top.token, top.logprob) for top in logprob.top) for logprob in logprobs} == {(("!", -1), ('"', -2))}
-    assert [piece.queued_s for piece in pieces] == [0.25] + [None] * (len(parts) - 1)
+    assert all(logprob.logprob == -3.0 for logprob in logprobs)
+    assert all([(top.token, top.logprob) for top in logprob.top] == [("!", -1), ('"', -2)] for logprob in logprobs)
+    assert [piece.queued_s for piece in pieces] == [0.25] + [None] * (len(pieces) - 1)
     assert {piece.cached_tokens for piece in pieces} == {3}
 
 
 def test_outputs_without_news_are_no_pieces_and_an_aborted_answer_is_an_error():
-    answer = Answer(byte_tokenizer(), top_logprobs=None)
-    assert answer.piece(Output([Completion("", [5])])) is None
-    piece = answer.piece(Output([Completion("ab", [6])], metrics=None))
-    assert (piece.text, piece.completion_tokens, piece.logprobs, piece.queued_s) == ("ab", 2, (), None)
+    answer = Answer(byte_tokenizer(), Sampling(100))
+    first_byte, second_byte = byte_tokenizer().encode("é", add_special_tokens=False)
+    assert answer.piece(Output([Completion([first_byte])])) is None
+    piece = answer.piece(Output([Completion([second_byte])], metrics=None))
+    assert (piece.text, piece.completion_tokens, piece.logprobs, piece.queued_s) == ("é", 2, (), None)
     with pytest.raises(RuntimeError, match=r"vLLM ended the answer early \(abort\)"):
-        answer.piece(Output([Completion("", [], finish_reason="abort")]))
-
-
-def sentencepiece_like_tokenizer() -> PreTrainedTokenizerFast:
-    """Spaces as U+2581, bytes as <0x..>, and the first space of a text dropped, as Llama 2's."""
-    tokens = [f"<0x{byte:02X}>" for byte in range(256)] + list("▁abcé")
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece_like_tokenizer])
-@given(text=st.text(st.sampled_from("abcé 語🙂\n")))
-def test_the_bytes_of_tokens_are_the_bytes_of_the_text(make, text):
-    tokenizer = make()
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    begins_words = make is sentencepiece_like_tokenizer and text and not text.startswith(" ")
-    content = b"".join(token_bytes(tokenizer, token) for token in tokens)
-    assert content.decode() == (" " if begins_words else "") + text
-
-
-@pytest.mark.bundled
-def test_the_bytes_of_a_real_vocabulary_of_merged_tokens():
-    tokenizer = load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")
-    text = "naïve 語 🙂 <|im_end|> tabs\t\n"
-    tokens = tokenizer.encode(text)
-    assert b"".join(token_bytes(tokenizer, token) for token in tokens) == text.encode()
+        answer.piece(Output([Completion([], finish_reason="abort")]))

@@ -19,13 +19,13 @@ from test_vllm import make_adapter, registry_of, upload
 from tiny_models import byte_tokenizer, random_causal_lm, tiny_llama_config
 
 from gradientspace_ray.engine.contract import Piece, Sampling
+from gradientspace_ray.engine.text import token_bytes
 from gradientspace_ray.examples.rendering import Renderer
 from gradientspace_ray.models.loading import load_base
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.serving import vllm
 from gradientspace_ray.serving.messages import Generation, Place, Refused, RunChangedError, Started
-from gradientspace_ray.serving.vllm_answers import token_bytes
 
 pytestmark = [
     pytest.mark.ray,
@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
 ]
 TOKENIZER = byte_tokenizer()
+BYTES_OF = token_bytes(TOKENIZER)
 ADAPTERS = ("generalist", "a", "b", "c")
 CONTEXT = 320
 GREEDY = Sampling(max_tokens=20, temperature=0.0, top_logprobs=0)
@@ -114,7 +115,7 @@ def reference(endpoint: Endpoint, prompt_ids: list[int], adapter: str | None) ->
     tokens = output.sequences[0, len(prompt_ids) :].tolist()
     tokens = [token for token in tokens if token != TOKENIZER.eos_token_id]
     logprobs = [logits[0].log_softmax(-1)[token].item() for token, logits in zip(tokens, output.logits, strict=False)]
-    return b"".join(token_bytes(TOKENIZER, token) for token in tokens), logprobs
+    return b"".join(BYTES_OF(token) for token in tokens), logprobs
 
 
 def test_answers_of_mixed_experts_are_pefts_one_at_a_time(endpoint):
@@ -150,6 +151,7 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(endpoint):
     pieces = endpoint.answer("abc", "b", replace(sampling, stop=(stop,)))
     assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
     assert pieces[-1].finish_reason == "stop"
+    assert pieces[-1].completion_tokens < GREEDY.max_tokens
 
 
 def test_a_seed_repeats_an_answer_and_a_bias_decides_it(endpoint):
@@ -185,7 +187,7 @@ ANSWER_FIRST = [{"role": "assistant", "content": "x"}]
     ],
 )
 def test_requests_that_cannot_be_served_are_refused_in_this_projects_words(endpoint, prompt, changes, param, message):
-    code = "context_length_exceeded" if READS in message else None
+    code = "context_length_exceeded" if READS in message else "invalid_value" if HAS in message else None
     refused = asyncio.run(endpoint.items(prompt, "a", replace(GREEDY, **changes)))
     assert refused == [Refused(message, code, param)]
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gradientspace_ray.engine.slots import read_adapter
+from gradientspace_ray.engine.adapters import read_adapter
 from gradientspace_ray.models.loading import (
     CONFIG_FILE,
     LORA_A,

@@ -1,31 +1,20 @@
-"""Requests and answers in vLLM's terms: `Sampling` to its parameters, its outputs to pieces."""
+"""Requests and answers in vLLM's terms: `Sampling` to its parameters, its tokens to pieces.
 
-import re
+vLLM gives tokens alone. Text, stop texts and the bytes of tokens come from `engine.text`, so that an answer reads the
+same whichever engine generated it.
+"""
+
 from collections.abc import Mapping
+from itertools import repeat
 from typing import Any, cast, get_args
 
-from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from gradientspace_ray.engine.contract import FinishReason, Piece, Sampling, TokenLogprob
+from gradientspace_ray.engine.text import AnswerText, token_bytes
 
 MIN_TEMPERATURE = 1e-5
 """Less is greedy, as for the other engine; vLLM would raise it to 0.01 and draw."""
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _byte_characters() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=ord)
-    as_they_are = [character for character in alphabet if ord(character) < 256]
-    others = sorted(set(range(256)) - {ord(character) for character in as_they_are})
-    return {character: ord(character) for character in as_they_are} | dict(
-        zip(alphabet[len(as_they_are) :], others, strict=True)
-    )
-
-
-BYTE_CHARACTERS = _byte_characters()
 
 
 def sampling_fields(sampling: Sampling, room: int) -> dict[str, Any]:
@@ -42,21 +31,25 @@ def sampling_fields(sampling: Sampling, room: int) -> dict[str, Any]:
         "top_k": sampling.top_k,
         # vLLM draws a fresh one for -1.
         "seed": None if sampling.seed is None else sampling.seed % 2**63,
-        "stop": list(sampling.stop),
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "logit_bias": dict(sampling.logit_bias) or None,
         "logprobs": sampling.top_logprobs,
         "ignore_eos": sampling.ignore_eos,
+        "detokenize": False,
     }
 
 
 class Answer:
-    """One answer's pieces, made from vLLM's outputs (`RequestOutput`, kind DELTA) in their order."""
+    """One answer's pieces, made from vLLM's outputs (`RequestOutput`, kind DELTA) in their order.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, top_logprobs: int | None) -> None:
-        self._tokenizer = tokenizer
-        self._top_logprobs = top_logprobs
+    After a piece with a `finish_reason` there is none; where a stop text is the reason, vLLM does not know it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
+        self._text = AnswerText(tokenizer, sampling.stop)
+        self._bytes_of = token_bytes(tokenizer)
+        self._top_logprobs = sampling.top_logprobs
         self._tokens = 0
         self._begun = False
 
@@ -67,25 +60,29 @@ class Answer:
             RuntimeError: vLLM gave the request up.
         """
         completion = output.outputs[0]
-        self._tokens += len(completion.token_ids)
         finish_reason = _finish_reason(completion.finish_reason)
-        logprobs = list(completion.logprobs or ()) if self._top_logprobs is not None else []
-        # A token that ended the answer, which a stop text does not name, is no part of it.
-        if finish_reason == "stop" and not isinstance(completion.stop_reason, str):
-            logprobs = logprobs[:-1]
-        tokens = completion.token_ids[: len(logprobs)]
-        if not (completion.text or finish_reason or logprobs):
+        text = ""
+        logprobs: tuple[TokenLogprob, ...] = ()
+        # vLLM stops at an end-of-text token alone, which is no part of the text.
+        end = 1 if finish_reason == "stop" else 0
+        tokens = completion.token_ids[: len(completion.token_ids) - end]
+        for token, found in zip(tokens, completion.logprobs or repeat(None), strict=False):
+            self._tokens += 1
+            shown, ready = self._text.push(token, self._logprob(token, found) if found is not None else None)
+            text, logprobs = text + shown, logprobs + ready
+            if self._text.stopped:
+                finish_reason, end = "stop", 0
+                break
+        self._tokens += end
+        if finish_reason is not None:
+            shown, ready = self._text.flush()
+            text, logprobs = text + shown, logprobs + ready
+            finish_reason = "stop" if self._text.stopped else finish_reason
+        if not (text or finish_reason or logprobs):
             return None
         queued_s = None if self._begun else _queued_s(output.metrics)
         self._begun = True
-        return Piece(
-            text=completion.text,
-            finish_reason=finish_reason,
-            completion_tokens=self._tokens,
-            logprobs=tuple(self._logprob(token, found) for token, found in zip(tokens, logprobs, strict=True)),
-            cached_tokens=output.num_cached_tokens or 0,
-            queued_s=queued_s,
-        )
+        return Piece(text, finish_reason, self._tokens, logprobs, output.num_cached_tokens or 0, queued_s)
 
     def _logprob(self, token: int, found: Mapping[int, Any]) -> TokenLogprob:
         """A position's entries: the chosen token, and the most likely ones by their ranks, which begin at 1."""
@@ -94,7 +91,7 @@ class Answer:
         return self._entry(token, found[token].logprob, tuple(self._entry(id_, it.logprob) for id_, it in top))
 
     def _entry(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        content = token_bytes(self._tokenizer, token)
+        content = self._bytes_of(token)
         return TokenLogprob(content.decode(errors="replace"), logprob, tuple(content), top)
 
 
@@ -109,18 +106,3 @@ def _finish_reason(reason: str | None) -> FinishReason | None:
 def _queued_s(metrics: Any) -> float | None:
     """Between the request's arrival in the engine and its first step, by the engine's clock."""
     return metrics.scheduled_ts - metrics.queued_ts if metrics is not None and metrics.scheduled_ts else None
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """What a token adds to a text, in UTF-8. It may begin or end inside of a character."""
-    # Behind another token, because some tokenizers drop a space in front of the first.
-    before = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    text = str(tokenizer.decode([*before, token]))[len(tokenizer.decode(before)) :]
-    if REPLACEMENT not in text:
-        return text.encode()
-    name = str(tokenizer.convert_ids_to_tokens(token))
-    if byte := BYTE_TOKEN.fullmatch(name):
-        return bytes([int(byte[1], 16)])
-    if all(character in BYTE_CHARACTERS for character in name):
-        return bytes(BYTE_CHARACTERS[character] for character in name)
-    return text.encode()

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray import serve
 from ray.serve import Application
@@ -23,11 +23,10 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from gradientspace_ray.engine.contract import Piece, Sampling
-from gradientspace_ray.errors import one_line
 from gradientspace_ray.examples.rendering import Renderer, RenderingError
 from gradientspace_ray.models.loading import ModelError, load_tokenizer, resolve_model
 from gradientspace_ray.run import COPIES, RunError
-from gradientspace_ray.serving.messages import AnswerItem, Generation, Message, Place, Refused, Started
+from gradientspace_ray.serving.messages import AnswerItem, Generation, Place, Prompt, Refused, Started, is_conversation
 from gradientspace_ray.serving.vllm import VllmArguments, base_id, lora_name
 from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers, write_empty
 from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields
@@ -158,11 +157,12 @@ class VllmExperts(LLMServer):
 
     def _read(self, request: Generation) -> list[int] | Refused:
         """The prompt's tokens; or why the request cannot be served, which vLLM would say in its own words."""
-        sampling = request.sampling
+        prompt, sampling = request.prompt, request.sampling
+        param = "messages" if is_conversation(prompt) else "prompt"
         try:
-            prompt_ids, param = self._rendered(request.prompt)
+            prompt_ids = self._prompt_ids(prompt)
         except RenderingError as error:
-            return Refused(str(error), None, "messages")
+            return Refused(str(error), None, param)
         model = self._client.model_config
         context, vocabulary = model.max_model_len, model.get_vocab_size()
         if not 1 <= len(prompt_ids) < context:
@@ -171,20 +171,18 @@ class VllmExperts(LLMServer):
         for name, tokens in ((param, prompt_ids), ("logit_bias", list(sampling.logit_bias))):
             wrong = [token for token in tokens if not 0 <= token < vocabulary]
             if wrong:
-                return Refused(f"token {wrong[0]} does not exist; this model has 0 to {vocabulary - 1}", None, name)
+                message = f"token {wrong[0]} does not exist; this model has 0 to {vocabulary - 1}"
+                return Refused(message, "invalid_value", name)
         if sampling.max_tokens > self._max_tokens:
             asked = f"{sampling.max_tokens} were asked for"
             return Refused(f"this server answers with at most {self._max_tokens} tokens, {asked}", None, "max_tokens")
         return prompt_ids
 
-    def _rendered(self, prompt: list[Message] | str | list[int]) -> tuple[list[int], str]:
-        """The prompt's tokens, and the parameter that it came in."""
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt), "prompt"
-        tokens = [token for token in prompt if isinstance(token, int)]
-        if tokens:
-            return tokens, "prompt"
-        return self._renderer.prompt([message for message in prompt if isinstance(message, dict)]), "messages"
+            ids: list[int] = self._tokenizer(prompt)["input_ids"]
+            return ids
+        return self._renderer.prompt(prompt) if is_conversation(prompt) else cast(list[int], prompt)
 
     @asynccontextmanager
     async def _adapter(self, place: Place | None) -> AsyncIterator[LoRARequest | None]:
@@ -201,7 +199,7 @@ class VllmExperts(LLMServer):
     ) -> AsyncGenerator[Piece, None]:
         room = self._client.model_config.max_model_len - len(prompt_ids)
         fields = sampling_fields(replace(sampling, max_tokens=sampling.max_tokens or self._max_tokens), room)
-        answer = Answer(self._tokenizer, sampling.top_logprobs)
+        answer = Answer(self._tokenizer, sampling)
         prompt = tokens_input(prompt_ids)
         try:
             parameters = SamplingParams(**fields, output_kind=RequestOutputKind.DELTA)
@@ -209,11 +207,14 @@ class VllmExperts(LLMServer):
                 self._client.generate(prompt, parameters, uuid.uuid4().hex, lora_request=lora)
             ) as outputs:
                 async for output in outputs:
-                    if (piece := answer.piece(output)) is not None:
+                    piece = answer.piece(output)
+                    if piece is not None:
                         yield piece
+                        if piece.finish_reason is not None:
+                            return
         except VLLMError as error:
             # A built-in error, or the ingress would import vLLM to read it.
-            raise RuntimeError(f"vLLM failed: {one_line(error)}") from error
+            raise RuntimeError(f"vLLM failed: {_first_line(error)}") from error
 
     async def _problem(self, place: Place) -> str | None:
         """Load an adapter; what is wrong with it, in one line."""
@@ -221,7 +222,7 @@ class VllmExperts(LLMServer):
             async with self._adapter(place):
                 return None
         except (RuntimeError, RunError, OSError) as error:
-            problem = f"{place.id}: {one_line(error)}"
+            problem = f"{place.id}: {error}"
             log.warning("%s", problem)
             return problem
 
@@ -246,7 +247,7 @@ class VllmExperts(LLMServer):
         except Exception as error:
             # What the engine's process raises arrives as a plain Exception. A part of the adapter may be there.
             await self._client.remove_lora(lora.lora_int_id)
-            raise RuntimeError(f"vLLM cannot load {place.id}: {one_line(error)}") from error
+            raise RuntimeError(f"vLLM cannot load {place.id}: {_first_line(error)}") from error
         if not loaded:
             raise RuntimeError(f"vLLM did not load {place.id}")
 
@@ -261,3 +262,7 @@ class VllmExperts(LLMServer):
     async def _unload(self, lora: LoRARequest) -> None:
         await self._client.remove_lora(lora.lora_int_id)
         await asyncio.to_thread(shutil.rmtree, lora.lora_path, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
