@@ -259,9 +259,9 @@ def test_what_a_release_would_fail_on_is_told_before_it(endpoint, base, tmp_path
     gone = Place("gone@0123456789ab", endpoint.run.uri, "gone")
     problems = endpoint.handle.prepare.remote([large, gone, endpoint.places["a"]]).result()
     assert len(problems) == 2
-    assert problems[0].startswith(f"{large.id}: ")
-    assert "its LoRA rank 16 is more than max_lora_rank 8; raise vllm.max_lora_rank" in problems[0]
-    assert problems[1].startswith(f"{gone.id}: gone no longer holds")
+    reason = "its LoRA rank 16 is more than max_lora_rank 8; raise vllm.max_lora_rank"
+    assert problems[0] == f"{large.id} cannot be served: {reason}"
+    assert problems[1].startswith(f"gone no longer holds {gone.id}; release the run again")
     assert not any("\n" in problem for problem in problems)
     assert endpoint.places["a"].id in endpoint.handle.leases.remote().result()
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -222,9 +222,8 @@ class VllmExperts(LLMServer):
             async with self._adapter(place):
                 return None
         except (RuntimeError, RunError, OSError) as error:
-            problem = f"{place.id}: {error}"
-            log.warning("%s", problem)
-            return problem
+            log.warning("%s", error)
+            return str(error)
 
     async def _load(self, place: Place) -> LoRARequest:
         lora = self._request(place.id)
@@ -245,8 +244,10 @@ class VllmExperts(LLMServer):
         try:
             loaded = await self._client.add_lora(lora)
         except Exception as error:
-            # What the engine's process raises arrives as a plain Exception. A part of the adapter may be there.
-            await self._client.remove_lora(lora.lora_int_id)
+            # What the engine's process raises arrives as a plain Exception. A part of the adapter may be there, unless
+            # the engine is dead.
+            with suppress(VLLMError):
+                await self._client.remove_lora(lora.lora_int_id)
             raise RuntimeError(f"vLLM cannot load {place.id}: {_first_line(error)}") from error
         if not loaded:
             raise RuntimeError(f"vLLM did not load {place.id}")
