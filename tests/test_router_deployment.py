@@ -253,7 +253,7 @@ def test_loading_holds_nobody_up_and_happens_once(run, monkeypatch):
     may_read, reads, read = threading.Event(), [], RunDirectory.read_bytes
 
     def slow_read(self, name):
-        assert may_read.wait(timeout=60)
+        assert may_read.wait(timeout=20)
         reads.append(name)
         return read(self, name)
 
@@ -277,7 +277,7 @@ def test_a_request_that_gives_up_while_a_router_loads_leaves_it_loadable(run, mo
     first, second = place_of(run), another(run, "next", threshold=0.1)
     deployment = PromptRouter(first)
     may_read, read = threading.Event(), RunDirectory.read_bytes
-    monkeypatch.setattr(RunDirectory, "read_bytes", lambda self, name: may_read.wait(60) and read(self, name))
+    monkeypatch.setattr(RunDirectory, "read_bytes", lambda self, name: may_read.wait(20) and read(self, name))
 
     async def choice():
         task = asyncio.create_task(deployment.route(ask(second, "hm")))

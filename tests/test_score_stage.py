@@ -146,7 +146,7 @@ def test_prompts_out_of_distribution_are_counted(recipe, tiny_model_dir, tmp_pat
     test[0] |= {"messages": messages, "prompt": "???"}
     run.write_table("examples/test.parquet", pa.Table.from_pylist(test, schema=EXAMPLE_SCHEMA))
     score.score(recipe, run, "validation")
-    route.router(recipe, run)
+    assert "out of distribution" in route.router(recipe, run).made
     score.score(recipe, run, "test")
     settings = run.read_json("router/router.json")
     # To a random encoder everything looks alike.
@@ -165,6 +165,8 @@ def test_prompts_out_of_distribution_are_counted(recipe, tiny_model_dir, tmp_pat
     assert set(strange["routed"]) == {"generalist"}
     share = (strange["split"] == "test").sum() / len(test)
     assert run.read_json("evaluation/scores.json")["out_of_distribution"] == pytest.approx(share)
+    report.report(recipe, run)
+    assert "Prompts unlike all of its training go to the generalist." in run.read_bytes("report.html").decode()
 
 
 @pytest.mark.parametrize(("margin", "decisive"), [(1.0, 0), (-1.0, 1)])

@@ -299,6 +299,8 @@ def _router(run: RunDirectory, found: Findings) -> Section | None:
     abstained = sum(row["routed"] == GENERALIST for row in test) / len(test)
     threshold = found.router["threshold"]
     abstains = f"below {threshold:.2f} the generalist answers" if threshold <= 1 else "the generalist answers always"
+    judges_likeness = found.router.get("min_similarity") is not None
+    strangers = " Prompts unlike all of its training go to the generalist." if judges_likeness else ""
     parts = [Figure("How sure it is", histogram, f"{abstained:.0%} of the held-out prompts went to the generalist.")]
     if any(row["domain"] for row in test):
         parts.insert(0, _traffic(found, test))
@@ -306,7 +308,8 @@ def _router(run: RunDirectory, found: Findings) -> Section | None:
     told = f"In cross-validation it finds the cluster of {accuracy:.0%} of the training prompts. " if accuracy else ""
     text = (
         f"A linear head on {found.router['encoder']} reads the prompt only. {told}Its confidence is calibrated with "
-        f"temperature {found.router['temperature']:.2f}; {abstains if threshold else 'it never abstains'}."
+        f"temperature {found.router['temperature']:.2f}; "
+        f"{abstains if threshold else 'no confidence is too low'}.{strangers}"
     )
     return Section("router", "The router", text, tuple(parts))
 

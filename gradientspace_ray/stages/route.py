@@ -65,15 +65,18 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
     write_registry(run, _registry(recipe, run, experts))
     accuracy_text = f"accuracy {accuracy:.0%} in cross-validation" if accuracy is not None else "not cross-validated"
     return Summary(
-        made=f"router over {len(experts)} experts, {accuracy_text}, {_habit(settings.threshold)}",
+        made=f"router over {len(experts)} experts, {accuracy_text}, {_habit(settings)}",
         counts={"experts": len(experts), "accuracy": accuracy, "temperature": settings.temperature},
     )
 
 
-def _habit(threshold: float) -> str:
-    if not threshold:
-        return "never abstains"
-    return f"abstains below {threshold:.2f}" if threshold <= 1 else "always abstains"
+def _habit(settings: RouterSettings) -> str:
+    if settings.threshold > 1:
+        return "always abstains"
+    cases = [f"below {settings.threshold:.2f}"] if settings.threshold else []
+    if settings.min_similarity is not None:
+        cases.append("out of distribution")
+    return f"abstains {' and '.join(cases)}" if cases else "never abstains"
 
 
 def _clusters(run: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
