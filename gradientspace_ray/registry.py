@@ -102,7 +102,12 @@ def router_digest(folder: Path) -> str:
     Raises:
         OSError: a file is missing.
     """
-    return _digest(ROUTER_FILES, lambda name: (folder / name).read_bytes())
+    return router_files_digest({name: (folder / name).read_bytes() for name in ROUTER_FILES})
+
+
+def router_files_digest(files: Mapping[str, bytes]) -> str:
+    """`router_digest` of files that are read already: the name of each of `ROUTER_FILES` -> what it holds."""
+    return _digest(ROUTER_FILES, files.__getitem__)
 
 
 def committed_digest(run: RunDirectory, folder: str) -> str:

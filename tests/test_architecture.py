@@ -25,7 +25,7 @@ NOUNS = {
     "sketch": set(),
     "clusters": set(),
     "training": {"recipe", "examples", "models"},
-    "router": {"models", "examples"},
+    "router": {"models", "examples", "registry"},
     "engine": {"models"},
     "evaluation": {"models", "examples", "engine"},
     "report": set(),

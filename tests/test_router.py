@@ -7,6 +7,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
+from gradientspace_ray.registry import router_digest
 from gradientspace_ray.router.classifier import (
     HEAD_FILE,
     INVERSE_PENALTIES,
@@ -18,7 +19,6 @@ from gradientspace_ray.router.classifier import (
     decide,
     fit_head,
     load_head,
-    router_digest,
     save_router,
 )
 from gradientspace_ray.router.encoder import PromptEncoder

@@ -10,7 +10,7 @@ import pytest
 from ray import serve
 from tiny_run import COUNTING, EXPERTS, STORIES, make_run
 
-from gradientspace_ray.registry import read_registry
+from gradientspace_ray.registry import Adapter, Registry, read_registry, router_digest
 from gradientspace_ray.router.classifier import (
     HEAD_FILE,
     ROUTER_FILES,
@@ -18,7 +18,6 @@ from gradientspace_ray.router.classifier import (
     Router,
     RouterError,
     load_head,
-    router_digest,
     save_router,
 )
 from gradientspace_ray.router.conversation import route_conversations
@@ -26,6 +25,15 @@ from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.serving.messages import Place, RouteRequest, RunChangedError
 from gradientspace_ray.serving.router import MAX_ONGOING_PROMPTS, MAX_ROUTERS, PromptRouter
+
+
+def start(place):
+    """A replica in an endpoint whose run has this router."""
+    generalist = Adapter(name="generalist", digest="1", folder="generalist")
+    registry = Registry(
+        base_model="x", max_tokens=1, generalist=generalist, experts=(), router=place.folder, router_digest=place.id
+    )
+    return PromptRouter(place.run_uri, registry)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +95,7 @@ def ask(place, *texts):
 
 def test_a_choice_is_the_routers_decision(run):
     place = place_of(run)
-    deployment, router = PromptRouter(place), Router.load(run.fetch("router"))
+    deployment, router = start(place), Router.load(run.fetch("router"))
     prompts = [*COUNTING, *STORIES, "something else"]
 
     async def choices():
@@ -106,7 +114,7 @@ def test_prompts_of_a_stranger_go_to_the_generalist(run):
     with run.staged("router") as staging:
         save_router(staging, head, settings.model_copy(update={"min_similarity": 0.999, "neighbours": 1}), sample)
     place = place_of(run)
-    deployment = PromptRouter(place)
+    deployment = start(place)
 
     async def choices():
         return [await deployment.route(ask(place, text)) for text in (COUNTING[0], STORIES[0])]
@@ -120,7 +128,7 @@ def test_prompts_of_a_stranger_go_to_the_generalist(run):
 def test_waiting_conversations_of_two_releases_are_encoded_in_one_call(run, encoded):
     calls, loads = encoded
     first, second = place_of(run), another(run, "next", labels=("a", "b"))
-    deployment = PromptRouter(first)
+    deployment = start(first)
 
     async def choices():
         await deployment.prepare(second)
@@ -139,7 +147,7 @@ def test_waiting_conversations_of_two_releases_are_encoded_in_one_call(run, enco
 def test_a_turn_costs_one_encoding_and_earlier_turns_are_decided_as_before(run, encoded):
     calls, _ = encoded
     place = another(run, "sure", temperature=1e-4)
-    deployment = PromptRouter(place)
+    deployment = start(place)
     texts = [COUNTING[0], "4", "thanks", "welcome", STORIES[0], "a tale", "and then", "it ends", STORIES[1]]
     conversations = [ask(place, *texts[: 2 * turn + 1]) for turn in range(5)]
 
@@ -157,7 +165,7 @@ def test_a_turn_costs_one_encoding_and_earlier_turns_are_decided_as_before(run, 
 
 def test_a_router_says_how_fast_its_conversations_change_hands(run):
     quick, never = another(run, "quick", switch_margin=-1.0), another(run, "never", switch_margin=1.0)
-    deployment = PromptRouter(quick)
+    deployment = start(quick)
 
     async def choices():
         return [await deployment.route(ask(place, COUNTING[0], "4", STORIES[0])) for place in (quick, never)]
@@ -170,7 +178,7 @@ def test_a_router_says_how_fast_its_conversations_change_hands(run):
 
 def test_half_a_character_does_not_fail_those_who_wait_with_it(run):
     place = place_of(run)
-    deployment = PromptRouter(place)
+    deployment = start(place)
 
     async def choices():
         return await asyncio.gather(*(deployment.route(ask(place, text)) for text in ("\ud83d", COUNTING[0])))
@@ -181,25 +189,25 @@ def test_half_a_character_does_not_fail_those_who_wait_with_it(run):
 @pytest.mark.parametrize("change", ["gone", HEAD_FILE, SETTINGS_FILE])
 def test_another_router_in_its_place_is_refused(run, change):
     place = place_of(run)
-    PromptRouter(place)
+    start(place)
     if change == "gone":
         run.delete("router")
     else:
         run.write_bytes(f"router/{change}", run.read_bytes(f"router/{change}") + b" ")
     message = f"^router no longer holds the router {place.id}; release {run.uri} again, or start the endpoint again$"
     with pytest.raises(RunChangedError, match=message):
-        PromptRouter(place)
+        start(place)
 
 
 def test_files_that_are_no_router_are_told_apart_from_another_router(run):
     run.write_bytes(f"router/{SETTINGS_FILE}", b"{}")
     with pytest.raises(RouterError, match=r"run the router stage again$"):
-        PromptRouter(place_of(run))
+        start(place_of(run))
 
 
 def test_a_request_for_a_router_that_is_gone_fails_alone(run):
     place = place_of(run)
-    deployment = PromptRouter(place)
+    deployment = start(place)
 
     async def choices():
         requests = [ask(place, COUNTING[0]), ask(Place("0" * 12, run.uri, "gone"), STORIES[0]), ask(place, STORIES[0])]
@@ -219,7 +227,7 @@ def test_a_folder_may_hold_another_router_later(run, store, object_store):
         old = Place(router_digest(local.fetch("router")), run.uri, "router")
     else:
         local, old = run, place_of(run)
-    deployment = PromptRouter(old)
+    deployment = start(old)
     changed = another(local, "changed", labels=("a", "b"))
     for name in ROUTER_FILES:
         run.write_bytes(f"router/{name}", local.read_bytes(f"changed/{name}"))
@@ -236,7 +244,7 @@ def test_the_routers_asked_for_last_are_kept(run, monkeypatch):
     places = [another(run, f"router-{index}", threshold=index / 100) for index in range(MAX_ROUTERS + 1)]
     reads, read = [], RunDirectory.read_bytes
     monkeypatch.setattr(RunDirectory, "read_bytes", lambda self, name: reads.append(name) or read(self, name))
-    deployment = PromptRouter(places[0])
+    deployment = start(places[0])
 
     async def ask_all():
         for place in (*places[1:MAX_ROUTERS], places[0], places[-1], places[0], places[1]):
@@ -249,7 +257,7 @@ def test_the_routers_asked_for_last_are_kept(run, monkeypatch):
 
 def test_loading_holds_nobody_up_and_happens_once(run, monkeypatch):
     first, second = place_of(run), another(run, "next", threshold=0.1)
-    deployment = PromptRouter(first)
+    deployment = start(first)
     may_read, reads, read = threading.Event(), [], RunDirectory.read_bytes
 
     def slow_read(self, name):
@@ -275,7 +283,7 @@ def test_loading_holds_nobody_up_and_happens_once(run, monkeypatch):
 
 def test_a_request_that_gives_up_while_a_router_loads_leaves_it_loadable(run, monkeypatch):
     first, second = place_of(run), another(run, "next", threshold=0.1)
-    deployment = PromptRouter(first)
+    deployment = start(first)
     may_read, read = threading.Event(), RunDirectory.read_bytes
     monkeypatch.setattr(RunDirectory, "read_bytes", lambda self, name: may_read.wait(20) and read(self, name))
 
@@ -292,7 +300,7 @@ def test_a_request_that_gives_up_while_a_router_loads_leaves_it_loadable(run, mo
 
 
 def test_health_is_that_of_the_way_that_conversations_go(run, monkeypatch):
-    deployment = PromptRouter(place_of(run))
+    deployment = start(place_of(run))
 
     def broken(self, prompts):
         raise RuntimeError("no more threads")
@@ -309,4 +317,4 @@ def test_health_is_that_of_the_way_that_conversations_go(run, monkeypatch):
 def test_the_registry_names_the_place(made_run):
     registry = read_registry(made_run)
     place = Place(registry.router_digest, made_run.uri, registry.router)
-    assert asyncio.run(PromptRouter(place).route(ask(place, COUNTING[0]))).expert == EXPERTS[0]
+    assert asyncio.run(start(place).route(ask(place, COUNTING[0]))).expert == EXPERTS[0]

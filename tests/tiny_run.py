@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 
 from gradientspace_ray.engine.adapters import AdapterFiles
 from gradientspace_ray.models.loading import load_base, save_adapter
-from gradientspace_ray.registry import Adapter, Registry, adapter_digest, write_registry
-from gradientspace_ray.router.classifier import RouterSettings, fit_head, router_digest, save_router
+from gradientspace_ray.registry import Adapter, Registry, adapter_digest, router_digest, write_registry
+from gradientspace_ray.router.classifier import RouterSettings, fit_head, save_router
 from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.run import RunDirectory
 

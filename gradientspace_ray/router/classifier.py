@@ -3,7 +3,6 @@
 Shapes: N prompts, H width of the encoder, K experts, M training prompts kept to tell strangers by.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
 from gradientspace_ray.examples.rendering import View
+from gradientspace_ray.registry import HEAD_FILE, ROUTER_FILES, SETTINGS_FILE
 from gradientspace_ray.router.calibration import calibrated, nll
 from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.router.novelty import NEIGHBOURS, similarities
 
-HEAD_FILE, SETTINGS_FILE = "head.safetensors", "router.json"
-ROUTER_FILES = (HEAD_FILE, SETTINGS_FILE)
 Reason = Literal["routed", "low_confidence", "out_of_distribution"]
 INVERSE_PENALTIES = (0.1, 1.0, 10.0, 100.0)
 FOLDS = 5
@@ -257,24 +255,6 @@ def save_router(folder: Path, head: LinearHead, settings: RouterSettings, sample
         arrays["sample"] = np.ascontiguousarray(sample_MH, dtype=np.float16)
     (folder / HEAD_FILE).write_bytes(save(arrays))
     (folder / SETTINGS_FILE).write_text(settings.model_dump_json(indent=2) + "\n")
-
-
-def router_digest(folder: Path) -> str:
-    """Twelve hex digits of the SHA-256 of a router's files: what the registry knows it by.
-
-    Raises:
-        OSError: a file is missing.
-    """
-    return files_digest({name: (folder / name).read_bytes() for name in ROUTER_FILES})
-
-
-def files_digest(files: Mapping[str, bytes]) -> str:
-    """`router_digest` of files that are read already: the name of each of `ROUTER_FILES` -> what it holds."""
-    content = hashlib.sha256()
-    for name in ROUTER_FILES:
-        content.update(name.encode())
-        content.update(files[name])
-    return content.hexdigest()[:12]
 
 
 def load_head(folder: Path) -> tuple[LinearHead, RouterSettings]:

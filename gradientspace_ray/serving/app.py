@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -26,6 +26,7 @@ from gradientspace_ray.serving.exposure import refuse_exposure
 from gradientspace_ray.serving.ingress import Ingress
 from gradientspace_ray.serving.key_file import read_keys
 from gradientspace_ray.serving.router import MAX_ONGOING_PROMPTS, PromptRouter
+from gradientspace_ray.serving.vllm import vllm_experts
 
 APPLICATION = "gradientspace"
 ANSWER_TIMEOUT_S = 30.0
@@ -48,43 +49,57 @@ def build(arguments: ServeArguments) -> Application:
         RunError: there is nothing to serve in the run directory.
         ReleaseError: a file of the run is not what its registry says.
         KeyFileError: the API keys cannot be used.
+        VllmUnavailableError: vLLM is asked for, and cannot run here.
     """
     arguments = arguments.model_copy(update={"run_dir": RunDirectory(arguments.run_dir).uri})
     registry = _read_run(arguments.run_dir)
     keys = read_keys(arguments.keys_file, arguments.api_key_env, arguments.admin_key_env)
-    experts = _deployment(
-        arguments,
-        _replicas(arguments),
-        ray_actor_options={"num_cpus": arguments.cpus_per_replica, "num_gpus": arguments.gpus_per_replica},
-        max_ongoing_requests=arguments.max_ongoing_requests,
-        max_queued_requests=arguments.max_queued_requests,
-        max_surge_percent=arguments.max_surge_percent,
-    )(Experts).bind(registry, arguments)
-    router = _deployment(
-        arguments,
-        {"num_replicas": arguments.router_replicas},
+    experts = _experts(arguments, registry)
+    router = serve.deployment(
+        num_replicas=arguments.router_replicas,
         ray_actor_options={"num_cpus": ROUTER_CPUS},
         max_surge_percent=100,
         max_ongoing_requests=MAX_ONGOING_PROMPTS,
+        **_starting_and_ending(arguments),
     )(PromptRouter).bind(arguments.run_dir, registry)
-    ingress = _deployment(
-        arguments,
-        {"num_replicas": arguments.ingress_replicas},
+    ingress = serve.deployment(
+        num_replicas=arguments.ingress_replicas,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_surge_percent=100,
         # Refused in OpenAI's shape by the ingress itself, before Serve would.
         max_ongoing_requests=2 * arguments.max_requests,
+        **_starting_and_ending(arguments),
     )(Ingress)
     return ingress.bind(registry, router, experts, keys, arguments)
 
 
-def _deployment(arguments: ServeArguments, replicas: dict[str, Any], **options: Any) -> Callable[..., Any]:
-    return serve.deployment(
-        max_constructor_retry_count=arguments.start_attempts,
-        graceful_shutdown_timeout_s=arguments.shutdown_timeout_s,
-        **replicas,
-        **options,
-    )
+def _experts(arguments: ServeArguments, registry: Registry) -> Application:
+    options = {
+        **_replicas(arguments),
+        "max_ongoing_requests": arguments.max_ongoing_requests,
+        "max_queued_requests": arguments.max_queued_requests,
+        "max_surge_percent": arguments.max_surge_percent,
+    }
+    if arguments.vllm is not None:
+        return vllm_experts(
+            RunDirectory(arguments.run_dir),
+            registry,
+            arguments.vllm,
+            device=arguments.device,
+            cpus=arguments.cpus_per_replica,
+            max_tokens=arguments.max_tokens,
+            options=options | _starting_and_ending(arguments),
+        )
+    resources = {"num_cpus": arguments.cpus_per_replica, "num_gpus": arguments.gpus_per_replica}
+    deployment = serve.deployment(ray_actor_options=resources, **options, **_starting_and_ending(arguments))(Experts)
+    return deployment.bind(registry, arguments)
+
+
+def _starting_and_ending(arguments: ServeArguments) -> dict[str, Any]:
+    return {
+        "max_constructor_retry_count": arguments.start_attempts,
+        "graceful_shutdown_timeout_s": arguments.shutdown_timeout_s,
+    }
 
 
 def _replicas(arguments: ServeArguments) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gradientspace_ray.serving.vllm import VllmArguments
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
@@ -25,6 +27,9 @@ class ServeArguments(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the experts compute."""
 
+    vllm: VllmArguments | None = None
+    """Have vLLM generate, with these settings (`{}` for its defaults); null is the engine of this package. Slots, rows
+    and cache below are the latter's."""
     max_slots: Positive = 8
     """Adapters that one replica of the experts holds at once, ready to compute."""
     max_rows: Positive = 16

@@ -6,8 +6,8 @@ from weakref import WeakValueDictionary
 
 from ray import serve
 
-from gradientspace_ray.registry import Registry
-from gradientspace_ray.router.classifier import ROUTER_FILES, Router, files_digest
+from gradientspace_ray.registry import ROUTER_FILES, Registry, router_files_digest
+from gradientspace_ray.router.classifier import Router
 from gradientspace_ray.router.conversation import Turns, decide_together, turn_prompts
 from gradientspace_ray.router.encoder import PromptEncoder, RememberingEncoder
 from gradientspace_ray.run import MissingFileError, RunDirectory
@@ -95,7 +95,7 @@ class PromptRouter:
             files = {name: run.read_bytes(f"{place.folder}/{name}") for name in ROUTER_FILES}
         except MissingFileError as error:
             raise RunChangedError(f"{place.folder} no longer holds the router {place.id}; {mend}") from error
-        if files_digest(files) != place.id:
+        if router_files_digest(files) != place.id:
             raise RunChangedError(f"{place.folder} no longer holds the router {place.id}; {mend}")
         return Router.of_files(files, run.path(place.folder), self._encoder)
 

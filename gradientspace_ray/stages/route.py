@@ -12,6 +12,7 @@ from gradientspace_ray.registry import (
     Registry,
     TrainedExpert,
     adapter_digest,
+    router_digest,
     trained_experts,
     write_registry,
 )
@@ -21,7 +22,6 @@ from gradientspace_ray.router.classifier import (
     HeadFit,
     RouterSettings,
     fit_head,
-    router_digest,
     save_router,
 )
 from gradientspace_ray.router.novelty import FALSE_ALARM_RATE, NoveltyFit, fit_novelty

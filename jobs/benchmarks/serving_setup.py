@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from gradientspace_ray.examples.rendering import Renderer, View, prompt_view, until_last_answer
 from gradientspace_ray.models.loading import add_lora, load_tokenizer, save_adapter
-from gradientspace_ray.registry import Adapter, Registry, adapter_digest, write_registry
-from gradientspace_ray.router.classifier import LinearHead, RouterSettings, router_digest, save_router
+from gradientspace_ray.registry import Adapter, Registry, adapter_digest, router_digest, write_registry
+from gradientspace_ray.router.classifier import LinearHead, RouterSettings, save_router
 from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.run import RunDirectory
 
