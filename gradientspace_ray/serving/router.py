@@ -6,8 +6,9 @@ from weakref import WeakValueDictionary
 
 from ray import serve
 
+from gradientspace_ray.models.loading import ModelError
 from gradientspace_ray.registry import ROUTER_FILES, Registry, router_files_digest
-from gradientspace_ray.router.classifier import Router
+from gradientspace_ray.router.classifier import Router, RouterError
 from gradientspace_ray.router.conversation import Turns, decide_together, turn_prompts
 from gradientspace_ray.router.encoder import PromptEncoder, RememberingEncoder
 from gradientspace_ray.run import MissingFileError, RunDirectory
@@ -54,9 +55,17 @@ class PromptRouter:
         router = await self._router(request.router)
         return await self._route_batch(Turns(router, turn_prompts(request.messages, router.view)))
 
-    async def prepare(self, place: Place) -> None:
-        """Load a router ahead of its first request; the errors are those of `route`."""
-        await self._router(place)
+    async def prepare(self, place: Place) -> list[str]:
+        """Load a router before a release names it.
+
+        Returns:
+            What is wrong with it, in a line; nothing when it can be used.
+        """
+        try:
+            await self._router(place)
+        except (RunChangedError, RouterError, ModelError) as error:
+            return [str(error)]
+        return []
 
     async def check_health(self) -> None:
         """Send a prompt the way that conversations go: where batches are stuck, Serve starts another replica."""
