@@ -1,6 +1,7 @@
 """The ingress deployment: OpenAI's HTTP interface in front of the router and the experts, and the admin's routes."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,7 +46,7 @@ from gradientspace_ray.serving.board import ReleaseBoard
 from gradientspace_ray.serving.calls import CLIENT_LEFT, Call
 from gradientspace_ray.serving.exposition import CONTENT_TYPE, exposition
 from gradientspace_ray.serving.exposure import GIVE_KEYS, listening_host, refuse_exposure
-from gradientspace_ray.serving.handling import EventStream, RequestHandler
+from gradientspace_ray.serving.handling import FAILURES, EventStream, RequestHandler, as_api_error
 from gradientspace_ray.serving.keys import Admission, Key, Keys, TooManyError, UnauthorisedError, is_loopback
 from gradientspace_ray.serving.metrics import IngressMetrics
 from gradientspace_ray.serving.openai_answers import model_list, model_object
@@ -55,6 +56,7 @@ from gradientspace_ray.serving.openapi import openapi_document
 
 ANNOUNCE_TIMEOUT_S, PREPARE_TIMEOUT_S = 30.0, 300.0
 Who = TypeVar("Who")
+logger = logging.getLogger("ray.serve")
 app = FastAPI(title="gradientspace", docs_url=None, redoc_url=None, openapi_url=None)
 
 
@@ -96,6 +98,21 @@ async def _read_body(request: Request, most_bytes: int) -> bytes:
         if len(body) > most_bytes:
             raise too_large(most_bytes)
     return bytes(body)
+
+
+async def _announce() -> None:
+    """Have all replicas of the ingress read the releases.
+
+    One that dies meanwhile reads them when it starts again, one that does not answer at its next check of health.
+    """
+    replicas = serve.get_deployment_handle("Ingress").broadcast("refresh")
+    try:
+        answers = await replicas.results_async(timeout_s=ANNOUNCE_TIMEOUT_S, return_exceptions=True)
+    except TimeoutError as error:
+        answers = [error]
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            logger.warning("a replica has not read the changed releases yet", exc_info=answer)
 
 
 def _state(state: Releases) -> Response:
@@ -239,9 +256,10 @@ class Ingress:
                 raise ApiError(409, str(error), code="release_conflict") from error
             except ReleaseError as error:
                 raise bad_request(str(error), code="release_refused") from error
+            except FAILURES as error:
+                raise as_api_error(error) from error
             await asyncio.to_thread(self._board.refresh)
-            others = serve.get_deployment_handle("Ingress")
-            await others.broadcast("refresh").results_async(timeout_s=ANNOUNCE_TIMEOUT_S)
+            await _announce()
         return _state(after)
 
     async def _prepare(self, release: Release) -> None:
