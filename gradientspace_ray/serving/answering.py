@@ -10,7 +10,7 @@ from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentResponseGenerator
 
 from gradientspace_ray.engine.contract import Piece
-from gradientspace_ray.serving.api_errors import bad_request, unavailable
+from gradientspace_ray.serving.api_errors import ApiError, bad_request, unavailable
 from gradientspace_ray.serving.messages import Refused, Started
 from gradientspace_ray.serving.openai_answers import join_pieces
 
@@ -58,9 +58,13 @@ async def begin(asks: Sequence[Ask], timeout_s: float) -> list[Begun]:
                 task.result().rest.cancel()
             task.cancel()
         if isinstance(error, asyncio.TimeoutError):
-            message = f"no answer began within {timeout_s:g} s; try again later"
-            raise unavailable(message, RETRY_AFTER_S, code="overloaded") from error
+            raise overloaded(timeout_s) from error
         raise
+
+
+def overloaded(timeout_s: float) -> ApiError:
+    """503: nothing came of a request in time."""
+    return unavailable(f"no answer began within {timeout_s:g} s; try again later", RETRY_AFTER_S, code="overloaded")
 
 
 async def collect(asks: Sequence[Ask], timeout_s: float, on_first: Callable[[Begun], None]) -> list[Whole]:

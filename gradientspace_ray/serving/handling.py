@@ -1,5 +1,6 @@
 """How a checked request becomes an answer: release, route, generation, and the failures on the way."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -10,10 +11,21 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import Receive, Scope, Send
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from gradientspace_ray.registry import AUTO, UnknownModelError
 from gradientspace_ray.releases import Release, listed, pick, resolve
-from gradientspace_ray.serving.answering import Ask, Begun, Stream, begin, collect, merged
+from gradientspace_ray.serving.answering import (
+    ATTEMPTS,
+    REPLICA_LOST,
+    Ask,
+    Begun,
+    Stream,
+    begin,
+    collect,
+    merged,
+    overloaded,
+)
 from gradientspace_ray.serving.api_errors import (
     ApiError,
     bad_request,
@@ -101,9 +113,24 @@ class RequestHandler:
             raise bad_request(message, param=request.prompt_field)
         asked = time.perf_counter()
         router = self._board.router(release)
-        choice: Choice = await self._router.route.remote(RouteRequest(router, messages))
+        choice = await self._choice(RouteRequest(router, messages))
         router_ms = (time.perf_counter() - asked) * 1000
         return self._routed(release, choice, router_ms)
+
+    async def _choice(self, request: RouteRequest) -> Choice:
+        """Ask the router, and another replica of it where one dies: a question leaves nothing behind.
+
+        Raises:
+            ApiError: there is no answer in time.
+        """
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(REPLICA_LOST), stop=stop_after_attempt(ATTEMPTS), reraise=True
+        )
+        try:
+            answer: Choice = await asyncio.wait_for(retrying(self._router.route.remote, request), self._start_timeout_s)
+        except asyncio.TimeoutError as error:
+            raise overloaded(self._start_timeout_s) from error
+        return answer
 
     def _routed(self, release: Release, choice: Choice, router_ms: float) -> Route:
         registry = release.registry
