@@ -31,22 +31,24 @@ def make_adapter(model_dir: Path, folder: Path, seed: int, **changes: object) ->
     return AdapterFiles(f"{folder.name}@{seed}", folder)
 
 
-def make_run(root: Path, model_dir: Path, encoder_dir: Path) -> RunDirectory:
+def make_run(
+    root: Path, model_dir: Path, encoder_dir: Path, experts: tuple[str, str] = EXPERTS, seed: int = 11
+) -> RunDirectory:
     """A generalist, two experts, and a router that tells counting from stories and doubts everything else."""
     run = RunDirectory(root)
     adapters = {}
-    for seed, name in enumerate(("generalist", *EXPERTS), start=11):
+    for number, name in enumerate(("generalist", *experts), start=seed):
         folder = "generalist" if name == "generalist" else f"experts/{name}"
-        make_adapter(model_dir, root / folder, seed)
+        make_adapter(model_dir, root / folder, number)
         digest = adapter_digest(root / folder)
         if name != "generalist":
             (root / folder).rename(root / f"{folder}@{digest}")
             folder = f"{folder}@{digest}"
-        adapters[name] = Adapter(name=name, digest=digest, folder=folder, title=name.replace("-", " "), examples=seed)
+        adapters[name] = Adapter(name=name, digest=digest, folder=folder, title=name.replace("-", " "), examples=number)
     encoder = PromptEncoder(str(encoder_dir), 64, "cpu")
     head = fit_head(encoder.encode(COUNTING + STORIES), np.repeat([0, 1], 4), 2, seed=0).head
     settings = RouterSettings(
-        encoder=str(encoder_dir), view="last_user", max_tokens=64, labels=EXPERTS, temperature=1.0, threshold=0.0
+        encoder=str(encoder_dir), view="last_user", max_tokens=64, labels=experts, temperature=1.0, threshold=0.0
     )
     (root / "router").mkdir()
     save_router(root / "router", head, settings)
@@ -54,7 +56,7 @@ def make_run(root: Path, model_dir: Path, encoder_dir: Path) -> RunDirectory:
         base_model=str(model_dir),
         max_tokens=512,
         generalist=adapters["generalist"],
-        experts=tuple(adapters[name] for name in EXPERTS),
+        experts=tuple(adapters[name] for name in experts),
         router_digest=router_digest(root / "router"),
     )
     write_registry(run, registry)
