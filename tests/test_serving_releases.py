@@ -71,10 +71,10 @@ def asks():
     return itertools.cycle(Ask(*parts) for parts in itertools.product(("auto", "generalist"), PROMPTS, (False, True)))
 
 
-def answers(live, count=2 * 2 * len(PROMPTS)):
+def answers(live):
     """Outcomes of requests that all begin now, checked."""
     with Load(live.url, asks(), 8) as load:
-        load.more(count)
+        load.more(2 * 2 * len(PROMPTS))
     assert check(load.outcomes, live.texts).keys() == {None}
     return load.outcomes
 
