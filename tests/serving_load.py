@@ -131,10 +131,6 @@ class Load:
         self._thread.join()
         assert self._failure is None, f"a client failed: {self._failure!r}"
 
-    def stop(self) -> None:
-        """Send no further request."""
-        self._stop.set()
-
     def more(self, count: int) -> None:
         """Until so many further requests have ended."""
         before = len(self.outcomes)
@@ -153,8 +149,8 @@ class Load:
             await asyncio.gather(*(self._client(session) for _ in range(self._clients)))
 
     async def _client(self, session: aiohttp.ClientSession) -> None:
-        while not self._stop.is_set():
-            outcome = await ask_once(session, self._url, next(self._asks))
+        while not self._stop.is_set() and (ask := next(self._asks, None)) is not None:
+            outcome = await ask_once(session, self._url, ask)
             self.outcomes.append(outcome)
             if outcome.error:
                 await asyncio.sleep(0.2)
