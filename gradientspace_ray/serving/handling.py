@@ -123,14 +123,18 @@ class RequestHandler:
         Raises:
             ApiError: there is no answer in time.
         """
+
+        async def ask() -> Choice:
+            choice: Choice = await self._router.route.remote(request)
+            return choice
+
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(REPLICA_LOST), stop=stop_after_attempt(ATTEMPTS), reraise=True
         )
         try:
-            answer: Choice = await asyncio.wait_for(retrying(self._router.route.remote, request), self._start_timeout_s)
+            return await asyncio.wait_for(retrying(ask), self._start_timeout_s)
         except asyncio.TimeoutError as error:
             raise overloaded(self._start_timeout_s) from error
-        return answer
 
     def _routed(self, release: Release, choice: Choice, router_ms: float) -> Route:
         registry = release.registry
