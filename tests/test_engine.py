@@ -72,6 +72,22 @@ def test_concurrent_greedy_answers_equal_peft_one_at_a_time(tiny_model_dir, toke
     assert set(engine.leases().values()) == {0}
 
 
+def test_a_row_is_freed_while_the_next_request_has_none_yet(tokenizer, engine):
+    """The fifth is next to be read when the first ends, and memory was taken for four rows."""
+    ids = tokenizer(PROMPTS[0])["input_ids"]
+
+    async def texts(first_tokens):
+        limits = [first_tokens, 20, 20, 20, 20]
+        return await asyncio.gather(*(answer(engine, ids, Sampling(max_tokens=n, temperature=0)) for n in limits))
+
+    alone, _ = asyncio.run(answer(engine, ids, Sampling(max_tokens=20, temperature=0)))
+    for first_tokens in range(4, 8):
+        first, *others = asyncio.run(texts(first_tokens))
+        assert alone.startswith(first[0])
+        assert [text for text, _ in others] == [alone] * 4
+    assert engine.healthy
+
+
 def test_requests_advance_in_turn(tokenizer, engine, monkeypatch):
     seen, run = [], engine._rounds.run
 
