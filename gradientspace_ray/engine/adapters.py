@@ -131,9 +131,11 @@ class HostCache:
                 if adapter.id in self._held:
                     self._held.move_to_end(adapter.id)
                     return self._held[adapter.id]
-            matrices = read_adapter(adapter.folder)
-            if self._verify is not None:
-                self._verify(adapter)
+            try:
+                matrices = read_adapter(adapter.folder)
+            finally:  # what is wrong with files that are not the adapter's own is of no interest
+                if self._verify is not None:
+                    self._verify(adapter)
             with self._lock:
                 self._held[adapter.id] = matrices
                 while len(self._held) > self._capacity:
