@@ -52,6 +52,7 @@ def release(live, capsys, monkeypatch):
     def command(*arguments):
         words = ["gradientspace", "release", *map(str, arguments), "--endpoint", live.url]
         monkeypatch.setattr(sys, "argv", words)
+        capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             cli.main()
         return caught.value.code or 0, capsys.readouterr().err
