@@ -39,11 +39,12 @@ class Ask:
     prompt: str
     stream: bool = False
     max_tokens: int = TOKENS
+    ignore_eos: bool = False
 
     @property
     def body(self) -> dict[str, Any]:
         messages = [{"role": "user", "content": self.prompt}]
-        limits = {"max_tokens": self.max_tokens, "temperature": 0}
+        limits = {"max_tokens": self.max_tokens, "ignore_eos": self.ignore_eos, "temperature": 0}
         return {"model": self.model, "messages": messages, "stream": self.stream, **limits}
 
 

@@ -39,7 +39,7 @@ from gradientspace_ray.releases import Releases
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 REPLICAS = 2
-CLIENTS = 12
+CLIENTS, LONG = 12, 1000
 PROMPTS = [*COUNTING, *STORIES]
 MODELS = ["auto", "auto", "auto", "base", "generalist", *EXPERTS]
 ADMIN = {"authorization": "Bearer the-admin-key"}
@@ -113,16 +113,41 @@ def test_a_killed_replica(live, deployment):
     assert_serves_all(live)
 
 
-def test_the_answers_of_an_ingress_that_died_end_too(live):
-    """Long answers that nobody reads any more would otherwise keep rows from others."""
-    with Load(live.url, [Ask(EXPERTS[0], prompt, True, 1500) for prompt in PROMPTS], len(PROMPTS)) as load:
-        wait_until(lambda: sum(leases().values()), "request under way")
-        dead = kill("Ingress", REPLICAS)
-        wait_until(lambda: len(load.outcomes) == len(PROMPTS), "end of the answers")
-    seconds = wait_until_whole("Ingress", REPLICAS, without=dead)
-    report(f"both ingresses back after {seconds:.0f} s: {Counter(outcome.error for outcome in load.outcomes)}")
-    assert any(outcome.error for outcome in load.outcomes)
-    assert all(outcome.may_retry for outcome in load.outcomes)
+def long_asks():
+    """Streams and whole answers that take seconds."""
+    return [Ask(EXPERTS[0], prompt, stream, LONG, True) for prompt in COUNTING for stream in (False, True)]
+
+
+def strike(live, deployment):
+    """Outcomes of long requests, while all of whose replicas of a deployment die, and are whole again."""
+    with Load(live.url, long_asks(), len(long_asks())) as load:
+        wait_until(lambda: any(any(leases().values()) for _ in range(4)), "answer under way")
+        time.sleep(0.5)
+        assert not load.outcomes, "the answers are too short"
+        dead = kill(deployment, REPLICAS)
+        wait_until(lambda: len(load.outcomes) == len(long_asks()), "end of the answers")
+    seconds = wait_until_whole(deployment, REPLICAS, without=dead)
+    ends = Counter(("stream" if outcome.ask.stream else "whole", outcome.error) for outcome in load.outcomes)
+    report(f"all {deployment} back after {seconds:.0f} s: {dict(ends)}")
+    return load.outcomes
+
+
+def test_long_answers_of_experts_that_died_are_made_again_or_say_that_they_are_not_whole(live):
+    with Load(live.url, long_asks(), 2) as load:
+        load.more(len(long_asks()))
+    texts = {(outcome.model, outcome.ask.prompt): outcome.text for outcome in load.outcomes if not outcome.ask.stream}
+    assert check(load.outcomes, texts).keys() == {None}
+    assert all(text.startswith(live.texts[key]) for key, text in texts.items())
+    outcomes = strike(live, "Experts")
+    check(outcomes, texts)
+    for outcome in outcomes:
+        assert outcome.error == ("stream replica_lost" if outcome.ask.stream else None), outcome
+
+
+def test_long_answers_of_ingresses_that_died_may_be_asked_for_again_and_leave_nothing_behind(live):
+    for outcome in strike(live, "Ingress"):
+        assert outcome.error, outcome
+        assert outcome.may_retry, outcome
     # Each time, another replica may answer.
     wait_until(lambda: not any(any(leases().values()) for _ in range(6)), "end of the leases", 30)
 
