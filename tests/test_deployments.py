@@ -8,10 +8,11 @@ from tiny_run import EXPERTS, make_run
 
 from gradientspace_ray.models.loading import ModelError
 from gradientspace_ray.registry import read_registry
+from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.experts import Experts, _compute_dtype
 from gradientspace_ray.serving.messages import RunChangedError
 
-AGAIN = "; start the endpoint again$"
+AGAIN = "; release the run again: gradientspace release RUN_DIR$"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def run(made_run, tmp_path):
 
 
 def start_experts(run, registry):
-    return Experts(run.uri, registry, "cpu", max_slots=2, max_tokens=8)
+    return Experts(registry, ServeArguments(run_dir=run.uri, max_slots=2, max_tokens=8))
 
 
 def test_a_base_model_that_is_not_there_is_named(run):

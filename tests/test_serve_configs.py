@@ -1,3 +1,4 @@
+import shutil
 import socket
 import typing
 from pathlib import Path
@@ -11,11 +12,14 @@ from pydantic import BaseModel, ValidationError
 from ray.serve import Application
 from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger, ServeDeploySchema
 from this_machine import HAS_IPV6
+from tiny_run import make_run
 
-from gradientspace_ray.registry import REGISTRY, read_registry
+from gradientspace_ray.registry import REGISTRY, adapter_digest, read_registry
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving import app
-from gradientspace_ray.serving.app import ServeArguments, build
+from gradientspace_ray.serving.app import build
+from gradientspace_ray.serving.arguments import ServeArguments
+from gradientspace_ray.serving.key_file import KeyFileError
 
 FAMILIES = [
     (socket.AF_INET, "127.0.0.1"),
@@ -52,7 +56,7 @@ def unknown_keys(value, model, place=""):
 
 
 def test_there_are_configs():
-    assert {path.name for path in CONFIGS} >= {"local.yaml", "gpu.yaml"}
+    assert {path.name for path in CONFIGS} >= {"local.yaml", "gpu.yaml", "autoscaling.yaml"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -116,22 +120,34 @@ def run_dir(tmp_path):
     return tmp_path
 
 
-def test_an_api_key_that_is_asked_for_must_be_there(run_dir, monkeypatch):
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
+    return make_run(tmp_path_factory.mktemp("configs") / "run", tiny_model_dir, tiny_encoder_dir)
+
+
+def test_an_api_key_that_is_asked_for_must_be_there(made_run, monkeypatch):
     monkeypatch.delenv("SOME_KEY", raising=False)
-    arguments = ServeArguments(run_dir=str(run_dir), api_key_env="SOME_KEY", max_replicas=3)
-    with pytest.raises(ValueError, match="environment variable SOME_KEY is not set"):
+    arguments = ServeArguments(run_dir=made_run.uri, api_key_env="SOME_KEY", max_replicas=3)
+    with pytest.raises(KeyFileError, match="environment variable SOME_KEY is not set"):
         build(arguments)
     monkeypatch.setenv("SOME_KEY", "secret")
     assert isinstance(build(arguments), Application)
 
 
-def test_every_deployment_gets_the_registry_as_it_was_read_once(run_dir):
-    registry = read_registry(RunDirectory(run_dir))
-    ingress = build(ServeArguments(run_dir=str(run_dir)))._bound_deployment
-    _, router, experts, _ = ingress.init_args
-    (run_dir / REGISTRY).unlink()
-    bound = (ingress.init_args[0], router._bound_deployment.init_args[1], experts._bound_deployment.init_args[1])
-    assert bound == (registry,) * 3
+def test_every_deployment_gets_the_registry_as_it_was_read_once(made_run, tmp_path):
+    """With the folders of the copies, which are there even when those of the run are gone."""
+    shutil.copytree(made_run.path(), tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    before = read_registry(run)
+    ingress = build(ServeArguments(run_dir=run.uri))._bound_deployment
+    registry, router, experts, *_ = ingress.init_args
+    bound = (router._bound_deployment.init_args, experts._bound_deployment.init_args)
+    assert bound == ((run.uri, registry), (registry, ServeArguments(run_dir=run.uri)))
+    assert registry.model_ids() == before.model_ids()
+    shutil.rmtree(run.path("experts"))
+    copies = [(adapter, run.fetch(adapter.folder)) for adapter in registry.adapters]
+    assert all(folder.is_relative_to(run.path("releases")) for _, folder in copies)
+    assert [adapter_digest(folder) for _, folder in copies] == [adapter.digest for adapter in before.adapters]
 
 
 @pytest.mark.parametrize(
