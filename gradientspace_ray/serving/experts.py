@@ -73,11 +73,6 @@ def _compute_dtype(registry: Registry, device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" and registry.compute_dtype == "bfloat16" else torch.float32
 
 
-def _field(prompt: Prompt) -> str:
-    """What the request calls it."""
-    return "messages" if is_conversation(prompt) else "prompt"
-
-
 class Experts:
     """Generates with the adapter that a request names; rows of different adapters share a forward pass.
 
@@ -136,9 +131,12 @@ class Experts:
             RunChangedError: the run no longer holds the adapter.
             RuntimeError: the adapter cannot be loaded.
         """
+        prompt_ids = self._checked_prompt(request.prompt)
+        if isinstance(prompt_ids, Refused):
+            yield prompt_ids
+            return
+        adapter = None if request.adapter is None else await self._files(request.adapter)
         try:
-            prompt_ids = self._prompt_ids(request.prompt)
-            adapter = None if request.adapter is None else await self._files(request.adapter)
             if request.prefetch is not None:
                 self._prefetch(request.prefetch)
             async with aclosing(self._engine.submit(prompt_ids, request.sampling, adapter)) as pieces:
@@ -147,13 +145,11 @@ class Experts:
                 yield first
                 async for piece in pieces:
                     yield piece
-        except RenderingError as error:
-            yield Refused(str(error), None, "messages")
-        except PromptTooLongError as error:
-            yield Refused(str(error), "context_length_exceeded", _field(request.prompt))
         except UnknownTokenError as error:
-            yield Refused(str(error), "invalid_value", _field(request.prompt))
+            yield Refused(str(error), "invalid_value", "logit_bias")
         except ModelError as error:
+            if adapter is not None:
+                await asyncio.to_thread(verify, adapter)
             # A built-in error, or the ingress would import torch to read it.
             raise RuntimeError(str(error)) from error
         finally:
@@ -189,6 +185,20 @@ class Experts:
 
     def _read(self, place: Place) -> None:
         self._host.get(fetch(place))
+
+    def _checked_prompt(self, prompt: Prompt) -> list[int] | Refused:
+        """The tokens of a prompt that the model can read; no adapter is fetched for another one."""
+        field = "messages" if is_conversation(prompt) else "prompt"
+        try:
+            prompt_ids = self._prompt_ids(prompt)
+            self._engine.check(prompt_ids)
+        except RenderingError as error:
+            return Refused(str(error), None, field)
+        except PromptTooLongError as error:
+            return Refused(str(error), "context_length_exceeded", field)
+        except UnknownTokenError as error:
+            return Refused(str(error), "invalid_value", field)
+        return prompt_ids
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
