@@ -1,15 +1,19 @@
-"""What the experts refuse when they start, without Serve."""
+"""What deployments refuse by themselves, without Serve: experts that cannot start, bodies that do not come."""
 
+import asyncio
 import shutil
 
 import pytest
 import torch
+from fastapi import Request
 from tiny_run import EXPERTS, make_run
 
 from gradientspace_ray.models.loading import ModelError
 from gradientspace_ray.registry import read_registry
+from gradientspace_ray.serving.api_errors import ApiError
 from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.experts import Experts, _compute_dtype
+from gradientspace_ray.serving.ingress import _read_body
 from gradientspace_ray.serving.messages import RunChangedError
 
 AGAIN = "; release the run again: gradientspace release RUN_DIR$"
@@ -59,3 +63,20 @@ def test_a_run_with_another_generalist_is_refused(run, change):
 def test_products_are_bfloat16_only_on_a_gpu(run, device, named, expected):
     registry = read_registry(run).model_copy(update={"compute_dtype": named})
     assert _compute_dtype(registry, device) is expected
+
+
+def test_a_body_that_does_not_come_ends_the_request():
+    """Its place is one that others could have."""
+
+    async def read(parts):
+        async def receive():
+            return parts.pop(0) if parts else await asyncio.Event().wait()
+
+        request = Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive)
+        return await _read_body(request, 10, timeout_s=0.05)
+
+    begun, ended = ({"type": "http.request", "body": b"{}", "more_body": more} for more in (True, False))
+    assert asyncio.run(read([begun, ended])) == b"{}{}"
+    with pytest.raises(ApiError, match=r"did not come within 0.05 s") as caught:
+        asyncio.run(read([begun]))
+    assert (caught.value.status, caught.value.code) == (408, "request_timeout")

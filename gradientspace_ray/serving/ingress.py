@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from gradientspace_ray.publishing import stage_run
 from gradientspace_ray.registry import Registry
@@ -34,6 +34,7 @@ from gradientspace_ray.serving.api_errors import (
     bad_request,
     forbidden,
     method_not_allowed,
+    quote,
     rate_limited,
     server_error,
     too_large,
@@ -55,6 +56,9 @@ from gradientspace_ray.serving.openai_requests import SamplingParameters
 from gradientspace_ray.serving.openapi import openapi_document
 
 ANNOUNCE_TIMEOUT_S, PREPARE_TIMEOUT_S = 30.0, 300.0
+# A request has its place, and its key's, while its body comes.
+BODY_TIMEOUT_S = 60.0
+JSON = "application/json"
 Who = TypeVar("Who")
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="gradientspace", docs_url=None, redoc_url=None, openapi_url=None)
@@ -88,7 +92,20 @@ async def _explain_failure(request: Request, error: Exception) -> Response:
     return await _explain(request, server_error())
 
 
-async def _read_body(request: Request, most_bytes: int) -> bytes:
+async def _read_body(request: Request, most_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+    """The body, as JSON alone: what it is else, a page of any web site may send unasked, to a visitor's own machine."""
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != JSON:
+        message = f"the body is {quote(kind) or 'of no type'}; send JSON, with the header Content-Type: {JSON}"
+        raise ApiError(415, message, code="unsupported_media_type")
+    try:
+        return await asyncio.wait_for(_read_parts(request, most_bytes), timeout_s)
+    except asyncio.TimeoutError as error:
+        message = f"the body did not come within {timeout_s:g} s; send it again"
+        raise ApiError(408, message, code="request_timeout") from error
+
+
+async def _read_parts(request: Request, most_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > most_bytes:
         raise too_large(most_bytes)
@@ -195,9 +212,6 @@ class Ingress:
         """One model, by name or `name@digest`."""
         self._client(request)
         known = {entry.id: entry for entry in listed(self._board.releases)}
-        for entry in list(known.values()):
-            if entry.adapter is not None:
-                known.setdefault(entry.adapter.id, replace(entry, id=entry.adapter.id))
         if model_id not in known:
             raise unknown_model(model_id, known)
         return JSONResponse(self._model(known[model_id]))
@@ -303,7 +317,8 @@ class Ingress:
             call.end(error.status, error.code)
             raise
         except BaseException as error:
-            call.end(CLIENT_LEFT if isinstance(error, asyncio.CancelledError) else 500)
+            left = isinstance(error, asyncio.CancelledError | ClientDisconnect)
+            call.end(CLIENT_LEFT if left else 500)
             raise
         if not isinstance(response, EventStream):
             call.end(200)
