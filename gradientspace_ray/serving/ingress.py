@@ -61,7 +61,8 @@ BODY_TIMEOUT_S = 60.0
 JSON = "application/json"
 Who = TypeVar("Who")
 logger = logging.getLogger("ray.serve")
-app = FastAPI(title="gradientspace", docs_url=None, redoc_url=None, openapi_url=None)
+# No redirects: one would name the host that the client says it asks.
+app = FastAPI(title="gradientspace", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
 
 class PublishRequest(BaseModel):
