@@ -12,13 +12,12 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 from tiny_run import COUNTING, EXPERTS, STORIES, make_run
 
-from gradientspace_ray.serving.app import ServeArguments, build, endpoint, reserved_port
+from gradientspace_ray.serving.app import build, endpoint, reserved_port
+from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.playground import HEADERS, PAGE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 API_KEY = "sk-playground"
-KEY_ITEM = "gradientspace-api-key"
 COUNT, STORY = EXPERTS
 HTML = '<img src=x onerror="window.hacked = true"><script>window.hacked = true</script> & <b>bold</b>'
 LONG_MS = 20_000
@@ -40,7 +39,7 @@ def url(ray_cluster, tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
 
 @pytest.fixture(scope="session")
 def chromium():
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     return found or pytest.skip("no Chromium on this machine; install it, as with: apt-get install chromium")
 
 
@@ -75,7 +74,7 @@ def tab(browser, url, **settings):
 def page(browser, url):
     """The playground with a key, greedy answers and few tokens."""
     with tab(browser, url) as page:
-        page.add_init_script(f"sessionStorage.setItem({KEY_ITEM!r}, {API_KEY!r})")
+        page.add_init_script(f"sessionStorage.setItem('gradientspace-api-key', {API_KEY!r})")
         page.goto(url)
         expect(page.locator("#experts button")).to_have_count(len(EXPERTS))
         page.get_by_role("button", name="Settings").click()
@@ -99,6 +98,11 @@ def answer_of(page, place=-1):
 
 def text_of(answer):
     return answer.locator(".text").text_content()
+
+
+def options_of(page, label="Answered by"):
+    groups = page.get_by_label(label).locator("optgroup:not([hidden])")
+    return {group.get_attribute("label"): group.locator("option").all_text_contents() for group in groups.all()}
 
 
 @contextlib.contextmanager
@@ -244,6 +248,30 @@ def test_a_model_can_be_forced(page, url, model):
     assert text_of(answer) == api_answer(url, model, [user(COUNTING[0])])[0]
 
 
+def test_the_models_are_listed_and_the_versions_that_have_no_name(page, url):
+    titles = {name: f"{name}: {name.replace('-', ' ')}" for name in EXPERTS}
+    listed = {
+        "Routed": ["auto: the router picks"],
+        "Experts": list(titles.values()),
+        "Without an expert": ["generalist: trained on everything", "base: no adapter"],
+    }
+    assert options_of(page) == options_of(page, "Compared with") == listed
+    models = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {API_KEY}"}).json()["data"]
+    before = f"{COUNT}@0123456789ab"
+    other = {"id": before, "object": "model", "root": before, "metadata": {"title": "as it was", "examples": 3}}
+    models = [*(model for model in models if model["id"].split("@")[0] != COUNT), other]
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_label("Answered by").select_option(COUNT)
+    page.get_by_label("Compared with").select_option(STORY)
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": models}))
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator("#experts button")).to_contain_text(re.compile(f"^{STORY}.*[1-9] examples$"))
+    versions = {"Experts": [titles[STORY]], "Versions of other releases": [f"{before}: as it was"]}
+    assert options_of(page) == listed | versions
+    expect(page.get_by_label("Answered by")).to_have_value("auto")
+    expect(page.get_by_label("Compared with")).to_have_value(STORY)
+
+
 def test_an_expert_s_card_chooses_it(page):
     page.locator("#experts").get_by_role("button", name=STORY).click()
     page.keyboard.type(COUNTING[0])
@@ -359,8 +387,8 @@ def test_text_arrives_whole_in_any_chunks(page):
     ],
 )
 def test_the_route_is_told_in_plain_words(page, reason, expert, probabilities, words):
-    confidence = max(probabilities.values())
-    route = {"expert": expert, "confidence": confidence, "reason": reason, "probabilities": probabilities}
+    route = {"expert": expert, "reason": reason, "probabilities": probabilities}
+    route["confidence"] = max(probabilities.values())
     script_answers(page, chunk(gradientspace=route), chunk("text"))
     ask(page, "hello")
     expect(answer_of(page).locator(".line")).to_contain_text(words)
@@ -456,17 +484,16 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(page):
 
 def test_the_policy_holds_in_the_browser(browser, url):
     """What an injection would try: the browser refuses it."""
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(url)
     script = "Object.assign(document.createElement('script'), {text: 'window.hacked = true'})"
     attempts = {
         "markup": "document.body.innerHTML = '<b>x</b>'",
         "a script": f"document.body.append({script})",
         "another origin": "await fetch('http://127.0.0.1:9/')",
     }
-    for name, attempt in attempts.items():
-        refused = page.evaluate(f"async () => {{ try {{ {attempt}; return false; }} catch {{ return true; }} }}")
-        assert refused, name
-    assert page.evaluate("window.hacked") is None
-    context.close()
+    with contextlib.closing(browser.new_context()) as context:
+        page = context.new_page()
+        page.goto(url)
+        for name, attempt in attempts.items():
+            refused = page.evaluate(f"async () => {{ try {{ {attempt}; return false; }} catch {{ return true; }} }}")
+            assert refused, name
+        assert page.evaluate("window.hacked") is None
