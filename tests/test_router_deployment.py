@@ -299,17 +299,30 @@ def test_a_request_that_gives_up_while_a_router_loads_leaves_it_loadable(run, mo
     assert asyncio.run(choice()).expert == EXPERTS[0]
 
 
-def test_health_is_that_of_the_way_that_conversations_go(run, monkeypatch):
-    deployment = start(place_of(run))
+def test_a_replica_is_sick_whose_batches_do_not_end(run, monkeypatch):
+    place = place_of(run)
+    deployment = start(place)
+    entered, leave = threading.Event(), threading.Event()
+    decide = Router.decide
 
-    def broken(self, prompts):
-        raise RuntimeError("no more threads")
+    def slow(self, encodings):
+        entered.set()
+        leave.wait(30)
+        return decide(self, encodings)
 
     async def check():
-        await deployment.check_health()
-        monkeypatch.setattr(Router, "decide", broken)
-        with pytest.raises(RuntimeError, match="no more threads"):
-            await deployment.check_health()
+        deployment.check_health()
+        monkeypatch.setattr(Router, "decide", slow)
+        task = asyncio.create_task(deployment.route(ask(place, COUNTING[0])))
+        await asyncio.to_thread(entered.wait, 30)
+        deployment.check_health()
+        with monkeypatch.context() as patience:
+            patience.setattr("gradientspace_ray.serving.router.STUCK_S", 0.0)
+            with pytest.raises(RuntimeError, match="a batch of conversations has not ended"):
+                deployment.check_health()
+        leave.set()
+        await task
+        deployment.check_health()
 
     asyncio.run(check())
 

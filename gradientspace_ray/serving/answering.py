@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentResponseGenerator
 
 from gradientspace_ray.engine.contract import Piece
@@ -67,18 +67,18 @@ def overloaded(timeout_s: float) -> ApiError:
     return unavailable(f"no answer began within {timeout_s:g} s; try again later", RETRY_AFTER_S, code="overloaded")
 
 
-async def collect(asks: Sequence[Ask], timeout_s: float, on_first: Callable[[Begun], None]) -> list[Whole]:
+async def collect(asks: Sequence[Ask], timeout_s: float, on_first: Callable[[int, Begun], None]) -> list[Whole]:
     """The whole answers; as `begin`, and an answer that a dying replica cut short is begun again.
 
     Args:
         asks: one for each answer.
         timeout_s: limit of the wait for the first pieces.
-        on_first: called when the first piece of an answer is there.
+        on_first: called with the index of an answer when its first piece is there.
     """
 
     async def one(index: int, begun: Begun) -> Whole:
         for attempt in range(1, ATTEMPTS + 1):
-            on_first(begun)
+            on_first(index, begun)
             try:
                 return await _collect(begun)
             except REPLICA_LOST:
@@ -108,6 +108,10 @@ async def merged(answers: Sequence[Begun]) -> AsyncIterator[tuple[int, Piece]]:
             async for piece in stream:
                 pieces.put_nowait((index, piece))
             pieces.put_nowait(None)
+        except asyncio.CancelledError:
+            # The reader has left, or the experts' side was cancelled, which must not look like the reader's own end.
+            pieces.put_nowait(RayServeException("the generation was cancelled"))
+            raise
         except Exception as error:  # noqa: BLE001 - the reader raises it
             pieces.put_nowait(error)
 

@@ -17,7 +17,7 @@ from ray.serve import Application
 from ray.serve.schema import DeploymentStatus
 
 from gradientspace_ray.publishing import keep
-from gradientspace_ray.registry import REGISTRY, Registry, read_registry
+from gradientspace_ray.registry import REGISTRY, Registry, name_problems, read_registry
 from gradientspace_ray.releases import own_release
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving.arguments import ServeArguments
@@ -60,6 +60,7 @@ def build(arguments: ServeArguments) -> Application:
         ray_actor_options={"num_cpus": ROUTER_CPUS},
         max_surge_percent=100,
         max_ongoing_requests=MAX_ONGOING_PROMPTS,
+        max_queued_requests=arguments.max_queued_requests,
         **_starting_and_ending(arguments),
     )(PromptRouter).bind(arguments.run_dir, registry)
     ingress = serve.deployment(
@@ -219,6 +220,8 @@ def _read_run(uri: str) -> Registry:
     if not run.exists(REGISTRY):
         raise RunError(f"{run.uri}: {REGISTRY} is missing, the run has no router yet; {_finish(run)}")
     registry = read_registry(run)
+    if problems := name_problems(registry):
+        raise RunError(f"{run.uri}: {problems[0]}; {_finish(run)}")
     folders = [registry.router, *(adapter.folder for adapter in registry.adapters)]
     missing = [folder for folder in folders if not run.exists(folder)]
     if missing:

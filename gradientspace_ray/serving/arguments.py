@@ -57,8 +57,9 @@ class ServeArguments(BaseModel):
     """Requests per replica of the experts that autoscaling aims at."""
     upscale_delay_s: Amount = 10
     downscale_delay_s: Amount = 300
-    max_ongoing_requests: Positive = 64
-    """Requests that one replica of the experts has at once, under way or in its fair queue."""
+    max_ongoing_requests: Positive = 256
+    """Requests that one replica of the experts has at once, under way or in a queue where experts take turns; further
+    ones wait first come, first served."""
     max_queued_requests: Positive = 256
     """Requests that wait for a replica, at each replica of the ingress; more get status 429."""
     max_requests: Positive = 1000

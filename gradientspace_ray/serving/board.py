@@ -1,5 +1,7 @@
 """The releases as one replica knows them, and the places of what they name."""
 
+import threading
+
 from gradientspace_ray.registry import Adapter, Registry
 from gradientspace_ray.releases import Release, Releases, load_or_begin
 from gradientspace_ray.run import RunDirectory
@@ -21,14 +23,16 @@ class ReleaseBoard:
         """
         self.run = RunDirectory(run_uri)
         self._registry = registry
+        self._reading = threading.Lock()
         self.releases: Releases = load_or_begin(self.run, registry)
 
     def refresh(self) -> Releases:
         """Read the releases again. Requests under way keep what they were routed to."""
-        latest = load_or_begin(self.run, self._registry)
-        if latest.revision > self.releases.revision:
-            self.releases = latest
-        return self.releases
+        with self._reading:
+            latest = load_or_begin(self.run, self._registry)
+            if latest.revision > self.releases.revision:
+                self.releases = latest
+            return self.releases
 
     @property
     def current(self) -> Release:

@@ -6,13 +6,24 @@ from dataclasses import dataclass, field
 from gradientspace_ray.engine.contract import Piece
 from gradientspace_ray.serving.answering import Begun
 from gradientspace_ray.serving.keys import Ticket
-from gradientspace_ray.serving.metrics import IngressMetrics
+from gradientspace_ray.serving.metrics import IngressMetrics, Rejection
 from gradientspace_ray.serving.openai_requests import SamplingParameters
 from gradientspace_ray.serving.request_log import RequestRecord, write
 from gradientspace_ray.serving.routes import FORCED, Route
 
 CLIENT_LEFT = 499
 """Status of a request whose client did not wait for the end, as nginx counts it; nobody receives it."""
+# Status of a request that ends before its expert is known -> what the metrics call that.
+REJECTIONS: dict[int, Rejection] = {
+    400: "invalid",
+    404: "unknown_model",
+    408: "invalid",
+    413: "too_large",
+    415: "invalid",
+    429: "overload",
+    CLIENT_LEFT: "left",
+    503: "overload",
+}
 
 
 @dataclass
@@ -30,7 +41,8 @@ class Call:
     first_token_s: float | None = None
     """Seconds from the arrival to the first token of any choice."""
     queued_s: float | None = None
-    prompt_tokens: int = 0
+    prompt_tokens: dict[int, int] = field(default_factory=dict)
+    """Of each prompt."""
     completion_tokens: dict[int, int] = field(default_factory=dict)
     cached_tokens: int = 0
     texts: dict[int, str] = field(default_factory=dict)
@@ -47,9 +59,10 @@ class Call:
         if route.reason != FORCED:
             self.metrics.routed(route.model, route.reason, route.confidence, route.router_ms / 1000)
 
-    def first(self, begun: Begun) -> None:
+    def first(self, choice: int, begun: Begun) -> None:
         """A choice has its first piece."""
-        self.prompt_tokens = max(self.prompt_tokens, begun.started.prompt_tokens)
+        prompt = choice // self.request.choices_per_prompt if self.request is not None else 0
+        self.prompt_tokens[prompt] = begun.started.prompt_tokens
         if self.first_token_s is None and self.route is not None:
             self.first_token_s, self.queued_s = self.elapsed_s, begun.first.queued_s
             self.metrics.first_token(self.route.model, self.first_token_s, self.queued_s)
@@ -68,13 +81,15 @@ class Call:
         self.ended = True
         self.ticket.release()
         elapsed_s = self.elapsed_s
-        if self.route is not None:
+        if self.route is None:
+            self.metrics.rejected(REJECTIONS.get(status, "failed"))
+        else:
             self.metrics.ended(
                 self.route.model,
                 self.route.reason,
                 status,
                 elapsed_s,
-                prompt_tokens=self.prompt_tokens,
+                prompt_tokens=sum(self.prompt_tokens.values()),
                 completion_tokens=sum(self.completion_tokens.values()),
                 choices=max(1, len(self.completion_tokens)),
                 first_token_s=self.first_token_s,
@@ -101,6 +116,7 @@ class Call:
         if self.first_token_s is not None:
             record.ttft_ms = 1000 * self.first_token_s
             record.queue_ms = None if self.queued_s is None else 1000 * self.queued_s
-            record.prompt_tokens, record.cached_tokens = self.prompt_tokens, self.cached_tokens
+            record.prompt_tokens = sum(self.prompt_tokens.values())
+            record.cached_tokens = self.cached_tokens
             record.completion_tokens = sum(self.completion_tokens.values())
         return record

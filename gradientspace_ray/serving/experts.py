@@ -16,7 +16,6 @@ from gradientspace_ray.models.loading import ModelError, load_base, load_tokeniz
 from gradientspace_ray.registry import Registry, adapter_digest
 from gradientspace_ray.run import RunDirectory, RunError
 from gradientspace_ray.serving.arguments import ServeArguments
-from gradientspace_ray.serving.board import ReleaseBoard
 from gradientspace_ray.serving.messages import (
     AnswerItem,
     Generation,
@@ -76,12 +75,15 @@ def _compute_dtype(registry: Registry, device: str) -> torch.dtype:
 class Experts:
     """Generates with the adapter that a request names; rows of different adapters share a forward pass.
 
-    Serve's multiplexing only steers requests to a replica that holds the adapter: what it holds here is the adapter's
-    folder. It evicts what is in use, so the weights belong to the engine's slots, which count their users.
+    Serve's multiplexing only steers requests to a replica that had the adapter before: it evicts what is in use, so the
+    weights belong to the engine's slots, which count their users.
     """
 
     def __init__(self, registry: Registry, arguments: ServeArguments) -> None:
-        """Load the base model, with slots of the shape of the generalist that is released now.
+        """Load the base model, with slots for adapters of the shape of this run's generalist.
+
+        That of the run, and not that of a later release: all that are published are held to it, and all replicas must
+        be able to hold what any of them holds.
 
         Args:
             registry: what the run directory held when the endpoint was started.
@@ -91,13 +93,11 @@ class Experts:
             ModelError: the base model or the generalist cannot be loaded.
             RunChangedError: the generalist is gone, or another one is in its place.
         """
-        board = ReleaseBoard(arguments.run_dir, registry)
-        registry = board.current.registry
         if arguments.device == "cpu":
             torch.set_num_threads(max(1, int(arguments.cpus_per_replica)))
         tokenizer = load_tokenizer(registry.base_model)
         model = load_base(registry.base_model, registry.dtype, arguments.device)
-        generalist = fetch(cast(Place, board.place(registry.generalist)))
+        generalist = fetch(Place(registry.generalist.id, arguments.run_dir, registry.generalist.folder))
         slots = Slots.like(model, generalist.folder, arguments.max_slots)
         verify(generalist)
         self._host = HostCache(HOST_ADAPTERS_PER_SLOT * arguments.max_slots, verify)
@@ -115,12 +115,12 @@ class Experts:
         self._renderer = Renderer(tokenizer)
         self._tokenizer = tokenizer
         self._metrics = EngineMetrics()
-        self._places: dict[str, Place] = {}
+        self._places: dict[Place, AdapterFiles] = {}
         self._prefetches: set[asyncio.Task[None]] = set()
 
         @serve.multiplexed(max_num_models_per_replica=arguments.max_slots)
-        async def hold(adapter_id: str) -> AdapterFiles:
-            return await asyncio.to_thread(fetch, self._places[adapter_id])
+        async def hold(adapter_id: str) -> str:
+            return adapter_id
 
         self._hold = hold
 
@@ -131,11 +131,14 @@ class Experts:
             RunChangedError: the run no longer holds the adapter.
             RuntimeError: the adapter cannot be loaded.
         """
-        prompt_ids = self._checked_prompt(request.prompt)
+        prompt_ids = await asyncio.to_thread(self._checked_prompt, request.prompt)
         if isinstance(prompt_ids, Refused):
             yield prompt_ids
             return
-        adapter = None if request.adapter is None else await self._files(request.adapter)
+        adapter = None
+        if request.adapter is not None:
+            await self._hold(request.adapter.id)
+            adapter = await self._files(request.adapter)
         try:
             if request.prefetch is not None:
                 self._prefetch(request.prefetch)
@@ -207,15 +210,18 @@ class Experts:
         return self._renderer.prompt(prompt) if is_conversation(prompt) else cast(list[int], prompt)
 
     async def _files(self, place: Place) -> AdapterFiles:
-        self._places[place.id] = place
-        return await self._hold(place.id)
+        if place not in self._places:
+            self._places[place] = await asyncio.to_thread(fetch, place)
+        return self._places[place]
 
     def _prefetch(self, place: Place) -> None:
         """Have the router's second choice read while the first one answers."""
+        if place.id in self._host.held():
+            return
 
         async def read() -> None:
             with suppress(RunChangedError):  # said to whoever asks for it
-                await self._engine.prefetch(await asyncio.to_thread(fetch, place))
+                await self._engine.prefetch(await self._files(place))
 
         task = asyncio.create_task(read())
         self._prefetches.add(task)

@@ -65,7 +65,7 @@ class RequestHandler:
         self._board = board
         self._router = router
         self._experts = experts
-        # One handle for each adapter: making one starts a connection to the controller.
+        # One handle for each adapter, made once.
         self._handles: dict[str, DeploymentHandle] = {}
         self._start_timeout_s = arguments.start_timeout_s
         self._limits = RequestLimits(max_tokens=arguments.max_tokens, max_choices=arguments.max_choices)
@@ -89,8 +89,8 @@ class RequestHandler:
         asks = [self._ask(route, request, choice) for choice in range(request.choices)]
         if request.streams:
             begun = await begin(asks, self._start_timeout_s)
-            for one in begun:
-                call.first(one)
+            for index, one in enumerate(begun):
+                call.first(index, one)
             return EventStream(_events(call, AnswerStream(answer, request), begun), begun, call, route.headers)
         choices = await collect(asks, self._start_timeout_s, call.first)
         for index, choice in enumerate(choices):
@@ -101,7 +101,8 @@ class RequestHandler:
     async def _route(self, call: Call, request: SamplingParameters) -> Route:
         state = self._board.releases
         messages = _conversation(request)
-        release = pick(state, f"{call.ticket.key.name if call.ticket.key else ''}\n{_opening(messages)}")
+        opening = _opening(messages) if messages else str(request.prompts[0])
+        release = pick(state, f"{call.ticket.key.name if call.ticket.key else ''}\n{opening}")
         if request.model != AUTO:
             try:
                 adapter = resolve(state, release, request.model)
@@ -194,10 +195,12 @@ async def _events(call: Call, stream: AnswerStream, begun: list[Begun]) -> Async
             call.add(index, piece)
             if events := stream.add(index, piece):
                 yield events
-    except FAILURES as failure:
+    except Exception as failure:
         error = as_api_error(failure)
         call.end(error.status, error.code)
         yield error_event(error)
+        if not isinstance(failure, FAILURES):
+            raise
         return
     yield stream.end()
     call.end(200)
@@ -213,9 +216,9 @@ def _conversation(request: SamplingParameters) -> list[Message] | None:
     return prompt if is_conversation(prompt) else None
 
 
-def _opening(messages: list[Message] | None) -> str:
+def _opening(messages: list[Message]) -> str:
     """What stays the same through a conversation: its first message of a user."""
-    return next((message["content"] for message in messages or [] if message["role"] == "user"), "")
+    return next((message["content"] for message in messages if message["role"] == "user"), "")
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -59,6 +60,7 @@ ANNOUNCE_TIMEOUT_S, PREPARE_TIMEOUT_S = 30.0, 300.0
 # A request has its place, and its key's, while its body comes.
 BODY_TIMEOUT_S = 60.0
 JSON = "application/json"
+OPENAPI = openapi_document(version("gradientspace-ray"))
 Who = TypeVar("Who")
 logger = logging.getLogger("ray.serve")
 # No redirects: one would name the host that the client says it asks.
@@ -123,7 +125,8 @@ async def _announce() -> None:
 
     One that dies meanwhile reads them when it starts again, one that does not answer at its next check of health.
     """
-    replicas = serve.get_deployment_handle("Ingress").broadcast("refresh")
+    handle = await asyncio.to_thread(serve.get_deployment_handle, "Ingress")  # it asks the controller, and waits
+    replicas = handle.broadcast("refresh")
     try:
         answers = await replicas.results_async(timeout_s=ANNOUNCE_TIMEOUT_S, return_exceptions=True)
     except TimeoutError as error:
@@ -175,7 +178,6 @@ class Ingress:
         self._handler = RequestHandler(self._board, router, experts, arguments)
         self._metrics = IngressMetrics()
         request_log.configure()
-        self._changing = asyncio.Lock()
         self._started = int(time.time())
 
     @app.get("/")
@@ -191,7 +193,7 @@ class Ingress:
     @app.get("/openapi.json")
     async def openapi(self) -> Response:
         """The description of this interface."""
-        return JSONResponse(openapi_document(version("gradientspace-ray")))
+        return JSONResponse(OPENAPI)
 
     @app.get("/metrics")
     async def metrics(self, request: Request) -> Response:
@@ -258,23 +260,29 @@ class Ingress:
         return await self._change(roll_back)
 
     async def _change(self, change: Callable[[Releases], Releases]) -> Response:
-        """Make, prepare, commit and announce a change of the releases; requests go on meanwhile."""
-        async with self._changing:
-            before = await asyncio.to_thread(self._board.refresh)
-            try:
-                after = await asyncio.to_thread(change, before)
-                for release in (after.current, after.canary):
-                    if release is not None and release not in before.live:
-                        await self._prepare(release)
-                after = await asyncio.to_thread(commit, self._board.run, before, after)
-            except ReleaseConflictError as error:
-                raise ApiError(409, str(error), code="release_conflict") from error
-            except ReleaseError as error:
-                raise bad_request(str(error), code="release_refused") from error
-            except FAILURES as error:
-                raise as_api_error(error) from error
-            await asyncio.to_thread(self._board.refresh)
-            await _announce()
+        """Make, prepare, commit and announce a change of the releases; requests go on meanwhile.
+
+        Of two changes at once the one that is committed first stays, so that a rollback waits for no publication.
+        """
+        before = await asyncio.to_thread(self._board.refresh)
+        try:
+            after = await asyncio.to_thread(change, before)
+            for release in (after.current, after.canary):
+                if release is not None and release not in before.live:
+                    await self._prepare(release)
+            after = await asyncio.to_thread(commit, self._board.run, before, after)
+        except ReleaseConflictError as error:
+            raise ApiError(409, str(error), code="release_conflict") from error
+        except ReleaseError as error:
+            raise bad_request(str(error), code="release_refused") from error
+        except FAILURES as error:
+            raise as_api_error(error) from error
+        except OSError as error:
+            logger.error("the releases cannot be written", exc_info=error)
+            message = f"the run directory that is served cannot be written ({error.strerror or 'no reason given'})"
+            raise server_error(message, retry=False) from error
+        await asyncio.to_thread(self._board.refresh)
+        await _announce()
         return _state(after)
 
     async def _prepare(self, release: Release) -> None:
@@ -284,12 +292,14 @@ class Ingress:
             ReleaseError: a replica cannot.
         """
         places = self._board.places(release)
-        experts = self._experts.broadcast("prepare", places).results_async(timeout_s=PREPARE_TIMEOUT_S)
-        router = self._router.broadcast("prepare", self._board.router(release))
-        problems = [problem for found in await experts for problem in found]
-        problems += [problem for found in await router.results_async(timeout_s=PREPARE_TIMEOUT_S) for problem in found]
-        if problems:
-            raise ReleaseError(problems[0])
+        for handle, what in ((self._experts, places), (self._router, self._board.router(release))):
+            try:
+                found = await handle.broadcast("prepare", what).results_async(timeout_s=PREPARE_TIMEOUT_S)
+            except DeploymentUnavailableError:  # no replica while nobody asks; the next one loads what it is asked for
+                continue
+            problems = [problem for replica in found for problem in replica]
+            if problems:
+                raise ReleaseError(problems[0])
 
     async def refresh(self) -> int:
         """Read the releases again; returns their revision."""
@@ -299,8 +309,14 @@ class Ingress:
         return state.revision
 
     async def check_health(self) -> None:
-        """Serve asks every ten seconds: a replica that missed a change of the releases reads it here."""
-        await self.refresh()
+        """Serve asks every ten seconds: a replica that missed a change of the releases reads it here.
+
+        One that cannot read it goes on with what it knows: another replica could not even start.
+        """
+        try:
+            await self.refresh()
+        except (ReleaseError, OSError) as error:
+            logger.warning("the releases cannot be read; requests go on by those that are known", exc_info=error)
 
     async def _answer(self, request: Request, parse: Callable[[bytes], SamplingParameters]) -> Response:
         key = self._client(request)

@@ -61,7 +61,6 @@ class Generation:
 
     prompt: Prompt
     sampling: Sampling
-    """`max_tokens` 0 is as many as the server allows."""
     adapter: Place | None
     """None is the base model."""
     prefetch: Place | None = None

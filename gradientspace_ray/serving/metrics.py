@@ -14,7 +14,9 @@ from ray.serve import metrics
 from gradientspace_ray.registry import BASE
 
 PREFIX = "gradientspace_"
-Rejection = Literal["auth", "rate", "concurrency", "overload", "too_large", "invalid", "unknown_model"]
+Rejection = Literal[
+    "auth", "rate", "concurrency", "overload", "too_large", "invalid", "unknown_model", "left", "failed"
+]
 Labels = dict[str, str]
 # Name without prefix -> what it is, and its labels.
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {

@@ -44,7 +44,7 @@ def openapi_document(version: str) -> Schema:
                 "parameters": [{"name": "model_id", "in": "path", "required": True, "schema": _TEXT}],
                 "get": _look_up("One model, by name or `name@digest`", "Model", ("401", "404", "429")),
             },
-            "/health": {"get": _look_up("Whether requests are taken", "Health", ("503",)) | {"security": []}},
+            "/health": {"get": _look_up("Whether requests are taken", "Health", ()) | {"security": []}},
         },
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},

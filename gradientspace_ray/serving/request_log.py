@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 LOGGER = "gradientspace.requests"
 TEXTS = ("prompt", "answer")
-# Of what a client sends as a model's name, which may be anything.
+# Of what a client sends as a model's name or the request's id, which may be anything.
 LONGEST_NAME = 200
 logger = logging.getLogger(LOGGER)
 
@@ -84,8 +84,9 @@ class _OneLine(logging.Formatter):
         if not record.__dict__["with_texts"]:
             for name in TEXTS:
                 del fields[name]
-        if isinstance(fields["model"], str):
-            fields["model"] = fields["model"][:LONGEST_NAME]
+        for name in ("request_id", "model"):
+            if isinstance(fields[name], str):
+                fields[name] = fields[name][:LONGEST_NAME]
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         return json.dumps({"time": time} | _plain(fields), default=str)
 

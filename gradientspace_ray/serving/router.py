@@ -1,6 +1,7 @@
 """The router deployment: reads conversations in small batches and names an expert for each."""
 
 import asyncio
+import time
 from collections import OrderedDict
 from weakref import WeakValueDictionary
 
@@ -18,6 +19,7 @@ from gradientspace_ray.serving.messages import Choice, Place, RouteRequest, RunC
 MAX_BATCH = 32
 MAX_ONGOING_PROMPTS = 4 * MAX_BATCH
 BATCH_WAIT_S = 0.002
+STUCK_S = 60.0
 MAX_ROUTERS = 3
 """The one that serves, the one that a release may bring, the one that a rollback goes to."""
 REMEMBERED_PROMPTS = 4096
@@ -45,6 +47,7 @@ class PromptRouter:
         self._encoders: WeakValueDictionary[tuple[str, int], RememberingEncoder] = WeakValueDictionary()
         self._routers = OrderedDict({place.id: self._load(place)})
         self._loading = asyncio.Lock()
+        self._batch_since_s: float | None = None
 
     async def route(self, request: RouteRequest) -> Choice:
         """The router's decision about one conversation.
@@ -67,14 +70,24 @@ class PromptRouter:
             return [str(error)]
         return []
 
-    async def check_health(self) -> None:
-        """Send a prompt the way that conversations go: where batches are stuck, Serve starts another replica."""
-        newest = next(reversed(self._routers.values()))
-        await self._route_batch(Turns(newest, [""]))
+    def check_health(self) -> None:
+        """Serve asks every ten seconds, and starts another replica where this raises.
+
+        A busy replica is not a sick one: what counts is that its batches end.
+
+        Raises:
+            RuntimeError: a batch is stuck.
+        """
+        if self._batch_since_s is not None and time.monotonic() - self._batch_since_s > STUCK_S:
+            raise RuntimeError(f"a batch of conversations has not ended for {STUCK_S:g} s")
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
     async def _route_batch(self, conversations: list[Turns]) -> list[Choice]:
-        decisions = await asyncio.to_thread(decide_together, conversations)
+        self._batch_since_s = time.monotonic()
+        try:
+            decisions = await asyncio.to_thread(decide_together, conversations)
+        finally:
+            self._batch_since_s = None
         return [
             Choice(
                 expert=decision.expert,
