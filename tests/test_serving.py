@@ -12,24 +12,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import ray
-import torch
-from peft import PeftModel
+from endpoints import assert_openai_error, peft_answer
 from ray import serve
 from this_machine import HAS_IPV6
 from tiny_run import COUNTING, EXPERTS, STORIES, make_adapter, make_run
 
-from gradientspace_ray.examples.rendering import IGNORED, Renderer
-from gradientspace_ray.models.loading import WEIGHTS_FILE, load_base, load_tokenizer
+from gradientspace_ray.models.loading import WEIGHTS_FILE
 from gradientspace_ray.registry import Adapter, adapter_digest, read_registry, write_registry
-from gradientspace_ray.serving.app import ServeArguments, build, endpoint, reserved_port
+from gradientspace_ray.releases import own_release
+from gradientspace_ray.router.classifier import LinearHead, load_head, router_digest, save_router
+from gradientspace_ray.serving.app import build, endpoint, reserved_port
+from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.messages import RunChangedError
+from gradientspace_ray.serving.playground import HEADERS, PAGE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 API_KEY = "sk-test-key"
-UNFIT = "unfit"
+# More adapters than a replica with two slots keeps in its memory.
+UNFIT = tuple(f"unfit-{number}" for number in range(6))
 START_TIMEOUT_S = 120
 TOKENS = 12
 CONVERSATION = [
@@ -42,13 +46,19 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
-    """The tiny run, and an expert that no prompt is routed to and that does not fit the slots."""
+    """The tiny run, and experts that no prompt is routed to and that do not fit the slots."""
     run = make_run(tmp_path_factory.mktemp("serving") / "run", tiny_model_dir, tiny_encoder_dir)
-    folder = f"experts/{UNFIT}"
-    make_adapter(tiny_model_dir, Path(run.path(folder)), 1, r=8)
-    unfit = Adapter(name=UNFIT, digest=adapter_digest(run.fetch(folder)), folder=folder)
+    make_adapter(tiny_model_dir, Path(run.path("experts/unfit")), 1, r=8)
+    digest = adapter_digest(run.fetch("experts/unfit"))
+    unfit = [Adapter(name=name, digest=digest, folder="experts/unfit") for name in UNFIT]
+    router = Path(run.path("router"))
+    head, settings = load_head(router)
+    weight_KH = np.pad(head.weight_KH, [(0, len(UNFIT)), (0, 0)])
+    bias_K = np.pad(head.bias_K, (0, len(UNFIT)), constant_values=-100)
+    save_router(router, LinearHead(weight_KH, bias_K), settings.model_copy(update={"labels": (*EXPERTS, *UNFIT)}))
     registry = read_registry(run)
-    write_registry(run, registry.model_copy(update={"experts": (*registry.experts, unfit)}))
+    changes = {"experts": (*registry.experts, *unfit), "router_digest": router_digest(router)}
+    write_registry(run, registry.model_copy(update=changes))
     run.write_json("manifest.json", {"format": 1, "stages": {}})
     return run
 
@@ -128,25 +138,16 @@ def leases():
     return serve.get_deployment_handle("Experts", "gradientspace").leases.remote().result(timeout_s=30)
 
 
-def peft_answer(run, model_id, messages):
-    """Prompt tokens and greedy text of plain transformers and PEFT, from training's own rendering."""
+def served_folder(run, name):
+    """The folder of an adapter's copy, which is what the endpoint reads."""
     registry = read_registry(run)
-    tokenizer = load_tokenizer(registry.base_model)
-    model = load_base(registry.base_model)
-    adapter = registry.resolve(model_id)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, run.fetch(adapter.folder)).eval()
-    example = Renderer(tokenizer).example([*messages, {"role": "assistant", "content": "x"}])
-    prompt_ids = example.input_ids[: max(index for index, label in enumerate(example.labels) if label == IGNORED) + 1]
-    ids = torch.tensor([list(prompt_ids)])
-    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
-    return len(prompt_ids), tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
+    return Path(run.path(f"releases/{own_release(run, registry).id}/{registry.resolve(name).folder}"))
 
 
 @pytest.mark.parametrize("model", ["base", "generalist", *EXPERTS])
 def test_a_forced_model_answers_as_peft_does_on_the_training_prompt(client, run, model):
     answer = ask(client, model)
-    prompt_tokens, text = peft_answer(run, model, CONVERSATION)
+    prompt_tokens, text = peft_answer(run, model, CONVERSATION, TOKENS)
     assert answer.choices[0].message.content == text
     assert answer.usage.prompt_tokens == prompt_tokens
     assert answer.usage.total_tokens == prompt_tokens + answer.usage.completion_tokens
@@ -217,8 +218,9 @@ def test_seeds_repeat_an_answer(client):
 
 def test_models_are_listed(client, run):
     listed = {model.id: model for model in client.models.list()}
-    assert list(listed) == read_registry(run).model_ids()
-    adapter = read_registry(run).resolve(EXPERTS[1])
+    registry = read_registry(run)
+    assert list(listed) == [*registry.model_ids(), *(adapter.id for adapter in registry.adapters)]
+    adapter = registry.resolve(EXPERTS[1])
     assert client.models.retrieve(EXPERTS[1]).root == adapter.id
     assert client.models.retrieve(adapter.id).id == adapter.id
     with pytest.raises(openai.NotFoundError):
@@ -255,21 +257,15 @@ def test_errors_are_the_client_s_own_types(client, url):
         ("POST", "/v1/chat/completions", b" " * (2**20 + 1), 413),
         ("GET", "/v1/chat/completions", None, 405),
         ("POST", "/v1/embeddings", b"{}", 404),
-        ("GET", "/", None, 404),
+        ("PUT", "/", b"{}", 405),
     ],
 )
 def test_bad_requests_get_openai_shaped_errors(url, method, path, content, status):
-    headers = {"authorization": f"Bearer {API_KEY}"}
+    headers = {"authorization": f"Bearer {API_KEY}", "content-type": "application/json"}
     answer = httpx.request(method, f"{url}{path}", content=content, headers=headers)
     assert answer.status_code == status
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert_openai_error(answer)
     assert answer.headers["x-request-id"]
-
-
-def test_a_body_without_a_declared_length_is_limited_too(url):
-    parts = (b" " * 2**18 for _ in range(5))
-    headers = {"authorization": f"Bearer {API_KEY}"}
-    assert httpx.post(f"{url}/v1/chat/completions", content=parts, headers=headers).status_code == 413
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -295,21 +291,27 @@ def test_hanging_up_ends_the_request(url, client, stream):
     assert ask(client, EXPERTS[1], max_tokens=1).usage.completion_tokens == 1
 
 
+def test_the_page_for_people_needs_no_key(url):
+    page = httpx.get(f"{url}/")
+    assert (page.status_code, page.content) == (200, PAGE)
+    assert {name: page.headers[name] for name in HEADERS} == HEADERS
+
+
 @contextlib.contextmanager
-def both_slots_filled_with_others(client):
-    """The next request for the first expert must read its folder, within the block; afterwards it is served again."""
-    others = ["generalist", EXPERTS[1]]
-    for name in others:
-        ask(client, name, max_tokens=1)
-    assert f"{EXPERTS[0]}@" not in "".join(leases())
+def memory_filled_with_others(client):
+    """The next request for the first expert must read its files, within the block; afterwards it is served again."""
+    fitting = ["generalist", EXPERTS[1]]
+    for name in (*UNFIT, *fitting):
+        with contextlib.suppress(openai.InternalServerError):
+            ask(client, name, max_tokens=1)
     yield
-    for name in (*others, EXPERTS[0]):
+    for name in (*fitting, EXPERTS[0]):
         assert ask(client, name, max_tokens=1).usage.completion_tokens == 1
 
 
 def assert_run_changed(client):
     for stream in (False, True):
-        with pytest.raises(openai.InternalServerError, match="it must be started again") as caught:
+        with pytest.raises(openai.InternalServerError, match="the endpoint's owner must release it again") as caught:
             list(ask(client, EXPERTS[0], stream=stream))
         assert (caught.value.status_code, caught.value.code) == (503, "run_changed")
         assert caught.value.response.headers["x-should-retry"] == "false"
@@ -317,11 +319,10 @@ def assert_run_changed(client):
 
 @pytest.mark.parametrize("change", ["other weights", "damaged weights"])
 def test_weights_that_changed_under_the_endpoint_are_never_served_under_the_old_digest(client, run, change):
-    adapter, other = (read_registry(run).resolve(name) for name in EXPERTS)
-    weights = run.fetch(adapter.folder) / WEIGHTS_FILE
+    weights, other = (served_folder(run, name) / WEIGHTS_FILE for name in EXPERTS)
     contents = weights.read_bytes()
-    with both_slots_filled_with_others(client):
-        changed = (run.fetch(other.folder) / WEIGHTS_FILE).read_bytes() if change == "other weights" else contents[:100]
+    with memory_filled_with_others(client):
+        changed = other.read_bytes() if change == "other weights" else contents[:100]
         weights.write_bytes(changed)
         try:
             assert_run_changed(client)
@@ -332,10 +333,10 @@ def test_weights_that_changed_under_the_endpoint_are_never_served_under_the_old_
 @pytest.mark.parametrize("held", [False, True])
 def test_a_folder_that_went_under_the_endpoint_says_so(client, run, held):
     """As after a later run of the experts stage; `held`: the replica knows the folder, but has not read its weights."""
-    folder = run.fetch(read_registry(run).resolve(EXPERTS[0]).folder)
+    folder = served_folder(run, EXPERTS[0])
     weights = folder / WEIGHTS_FILE
     contents = weights.read_bytes()
-    with both_slots_filled_with_others(client):
+    with memory_filled_with_others(client):
         if held:
             weights.write_bytes(b"")
             assert_run_changed(client)
@@ -350,7 +351,7 @@ def test_a_folder_that_went_under_the_endpoint_says_so(client, run, held):
 def test_an_adapter_that_does_not_fit_fails_alone(client):
     for stream in (False, True):
         with pytest.raises(openai.InternalServerError) as caught:
-            list(ask(client, UNFIT, stream=stream))
+            list(ask(client, UNFIT[0], stream=stream))
         assert (caught.value.status_code, caught.value.code) == (500, "internal_error")
         assert "rank" not in str(caught.value), "the inside of a failure is not the client's business"
     assert ask(client, EXPERTS[1], max_tokens=1).usage.completion_tokens == 1
