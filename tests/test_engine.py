@@ -1,5 +1,6 @@
 import asyncio
 import dataclasses
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -10,7 +11,13 @@ from tiny_run import make_adapter
 from gradientspace_ray.engine.adapters import AdapterFiles
 from gradientspace_ray.engine.contract import Sampling
 from gradientspace_ray.engine.fairness import MAX_OVERTAKES
-from gradientspace_ray.engine.scheduler import Engine, EngineClosedError, PromptTooLongError, UnknownTokenError
+from gradientspace_ray.engine.scheduler import (
+    MOST_FAILURES,
+    Engine,
+    EngineClosedError,
+    PromptTooLongError,
+    UnknownTokenError,
+)
 from gradientspace_ray.engine.slots import Slots
 from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
 
@@ -243,6 +250,42 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(tokenizer, adap
     assert third == (alone[0], dataclasses.replace(third[1], queued_s=None))
     assert engine.healthy
     assert set(engine.leases().values()) == {0}
+
+
+def test_an_engine_whose_steps_all_fail_or_do_not_end_is_sick(tokenizer, engine, monkeypatch):
+    prompt_ids, sampling = tokenizer("a")["input_ids"], Sampling(max_tokens=1)
+    prefill = engine._batched.prefill
+    entered, leave = threading.Event(), threading.Event()
+
+    def fail(*_):
+        raise RuntimeError("the device is lost")
+
+    def wait(*arguments):
+        entered.set()
+        leave.wait(30)
+        return prefill(*arguments)
+
+    async def one():
+        return await asyncio.gather(answer(engine, prompt_ids, sampling), return_exceptions=True)
+
+    monkeypatch.setattr(engine._batched, "prefill", fail)
+    for _ in range(MOST_FAILURES):
+        assert engine.healthy
+        asyncio.run(one())
+    assert not engine.healthy
+
+    async def stuck():
+        task = asyncio.create_task(one())
+        await asyncio.to_thread(entered.wait, 30)
+        with monkeypatch.context() as patience:
+            patience.setattr("gradientspace_ray.engine.scheduler.STUCK_S", 0.0)
+            assert not engine.healthy
+        leave.set()
+        await task
+
+    monkeypatch.setattr(engine._batched, "prefill", wait)
+    asyncio.run(stuck())
+    assert engine.healthy
 
 
 def test_the_engine_tells_what_it_does(tokenizer, adapters, engine, tmp_path, caplog):

@@ -142,6 +142,13 @@ class HostCache:
                     self._held.popitem(last=False)
         return matrices
 
+    def peek(self, adapter_id: str) -> Matrices | None:
+        """The adapter's matrices if they are held; it never blocks for long."""
+        with self._lock:
+            if adapter_id in self._held:
+                self._held.move_to_end(adapter_id)
+            return self._held.get(adapter_id)
+
     def held(self) -> list[str]:
         """Ids of the adapters in memory, the least recently used first."""
         with self._lock:

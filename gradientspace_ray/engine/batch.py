@@ -142,7 +142,8 @@ class BatchedModel:
             self.prefill(0, BASE_SLOT, 3, first[3:-1])
             self.prefill(1, BASE_SLOT, 0, second[:-1])
             ends = [first[-1], second[-1]], [len(first) - 1, len(second) - 1]
-            got_NV = self.decode(*ends, [BASE_SLOT] * 2).float()
+            # Rows of two slots, as of two adapters; one that nothing was loaded into changes nothing either.
+            got_NV = self.decode(*ends, [BASE_SLOT, min(1, self._slots.capacity)]).float()
         except UnsupportedModelError as error:
             raise ModelError(f"{name}: {error}; {MEND}") from error
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:

@@ -5,6 +5,7 @@ and the block before it, and the first one under the adapter, whose id names one
 stale, and no adapter sees what another computed.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from gradientspace_ray.engine.cache import BlockPool, RowCache
 
 BLOCK_TOKENS = 32
+log = logging.getLogger(__name__)
 Key = tuple["int | str | None", tuple[int, ...]]
 """What comes before a block (the block before it, or the adapter's id), and its tokens."""
 
@@ -121,6 +123,8 @@ class PrefixCache:
             return
         try:
             self._pool.save(cache, row, new.places, new.blocks)
-        except BaseException:
-            self.clear()  # the index names blocks that were not filled
-            raise
+        except RuntimeError:
+            # Most likely there is no memory; the index names blocks that were not filled.
+            log.exception("no keys and values are kept for later requests any more")
+            self._blocks = 0
+            self.clear()

@@ -81,6 +81,8 @@ class Rounds:
         self._preloads: deque[tuple[AdapterFiles, Matrices]] = deque()
         self._outcomes: list[tuple[Request, Outcome]] = []
         self._generated: Counter[str | None] = Counter()
+        self.failed_in_a_row = 0
+        """Steps of the model that failed since the last one that did not."""
 
     @property
     def busy(self) -> bool:
@@ -195,12 +197,14 @@ class Rounds:
             request.read += len(part)
             if request.read < len(request.prompt):
                 return
+            self.failed_in_a_row = 0
             self._prefix.save(cache, row, request.adapter_id, request.prompt)
             self._reading = None
             self._decoding.append(request)
             self._extend([request], logits_V[None])
         except Exception as error:
             log.exception("a prompt could not be read")
+            self.failed_in_a_row += 1
             self._reading = None
             self._decoding = self._decoding[:row]
             self._fail(request, error)
@@ -214,9 +218,11 @@ class Rounds:
                 [request.position for request in requests],
                 [_slot(request) for request in requests],
             )
+            self.failed_in_a_row = 0
             self._extend(requests, logits_NV)
         except Exception as error:
             log.exception("a step failed for %d requests", len(requests))
+            self.failed_in_a_row += 1
             self._outcomes.extend((request, error) for request in requests)
             self._leave(range(len(requests)))
 

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradientspace_ray.engine.adapters import AdapterFiles, HostCache, Matrices
-from gradientspace_ray.engine.batch import BatchedModel
+from gradientspace_ray.engine.batch import BatchedModel, context_tokens
 from gradientspace_ray.engine.contract import Piece, Sampling
 from gradientspace_ray.engine.prefix import PrefixCache
 from gradientspace_ray.engine.request import Request
@@ -28,6 +28,9 @@ from gradientspace_ray.engine.text import AnswerText, token_bytes
 # Tokens of cache for each row, on average, where nothing else is asked for.
 ROW_TOKENS = 2048
 PREFIX_TOKENS = 8192
+# A round is a part of a prompt or one token; a model that fails at every one, as after an error of a GPU, stays so.
+STUCK_S = 120.0
+MOST_FAILURES = 10
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -74,14 +77,15 @@ class Engine:
             compute_dtype: type of the matrix products, by autocast; float32 leaves them in the type of the weights.
             max_rows: requests that generate at once.
             prefill_tokens: tokens of a prompt that are read between two tokens of the other requests.
-            cache_tokens: rows in use x tokens of the longest of them, at most; None is `ROW_TOKENS` a row.
+            cache_tokens: rows in use x tokens of the longest of them, at most; None is `ROW_TOKENS` a row, or one row
+                that fills the context, if that is more.
             prefix_tokens: tokens whose keys and values are kept for requests that begin alike; 0 is none.
 
         Raises:
             ModelError: a batch of rows would not give the model's own logits.
         """
         if cache_tokens is None:
-            cache_tokens = max_rows * ROW_TOKENS
+            cache_tokens = max(max_rows * ROW_TOKENS, context_tokens(model.config))
         self._batched = BatchedModel(model, slots, max_rows, cache_tokens, compute_dtype)
         self.context_tokens = min(self._batched.context_tokens, cache_tokens)
         """Most tokens of a prompt and its answer together."""
@@ -103,6 +107,8 @@ class Engine:
         self._departed: deque[Request] = deque()
         self._prefetched: deque[tuple[AdapterFiles, Matrices]] = deque()
         self._closed = False
+        self._round_since_s: float | None = None
+        """When the round under way began."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -157,7 +163,7 @@ class Engine:
             sampling=sampling,
             max_tokens=max(1, min(sampling.max_tokens, room)),
             adapter=adapter,
-            matrices={} if adapter is None else await asyncio.to_thread(self._host.get, adapter),
+            matrices=await self._matrices(adapter),
             sampler=Sampler(sampling),
             text=AnswerText(self._tokenizer, sampling.stop),
             loop=asyncio.get_running_loop(),
@@ -177,6 +183,12 @@ class Engine:
                 self._departed.append(request)
                 self._changed.notify()
 
+    async def _matrices(self, adapter: AdapterFiles | None) -> Matrices:
+        if adapter is None:
+            return {}
+        held = self._host.peek(adapter.id)
+        return await asyncio.to_thread(self._host.get, adapter) if held is None else held
+
     def _tell(self, inbox: deque[T], item: T) -> None:
         with self._changed:
             if self._closed or not self._thread.is_alive():
@@ -190,14 +202,16 @@ class Engine:
         A failure is logged; whoever asks for the adapter will see it.
         """
         try:
-            self._tell(self._prefetched, (adapter, await asyncio.to_thread(self._host.get, adapter)))
+            self._tell(self._prefetched, (adapter, await self._matrices(adapter)))
         except Exception as error:
             log.warning("%s cannot be prefetched: %s", adapter.id, error, exc_info=True)
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine's thread is at work, or waits for some."""
-        return self._thread.is_alive()
+        """Whether the engine's thread waits for work, or does it and gets somewhere."""
+        since_s = self._round_since_s
+        stuck = since_s is not None and time.perf_counter() - since_s > STUCK_S
+        return self._thread.is_alive() and not stuck and self._rounds.failed_in_a_row < MOST_FAILURES
 
     def leases(self) -> dict[str, int]:
         """Adapter -> number of requests that use it now, for every adapter that has a slot."""
@@ -219,7 +233,9 @@ class Engine:
         """The engine's thread."""
         try:
             while self._wait():
+                self._round_since_s = time.perf_counter()
                 outcomes = self._rounds.run()
+                self._round_since_s = None
                 self._statistics = self._rounds.statistics()
                 _deliver(outcomes)
         finally:

@@ -149,6 +149,11 @@ class Slots:
         self._lock = threading.Lock()
         self._loads, self._evictions, self._load_s = 0, 0, 0.0
 
+    @property
+    def capacity(self) -> int:
+        """Adapters held at once."""
+        return len(self._slots) - 1
+
     @classmethod
     def like(cls, model: nn.Module, folder: str | Path, capacity: int) -> "Slots":
         """Slots for adapters of the same shape as the PEFT adapter in `folder` (its layers, its largest rank)."""

@@ -220,12 +220,12 @@ def _read_run(uri: str) -> Registry:
     if not run.exists(REGISTRY):
         raise RunError(f"{run.uri}: {REGISTRY} is missing, the run has no router yet; {_finish(run)}")
     registry = read_registry(run)
-    if problems := name_problems(registry):
-        raise RunError(f"{run.uri}: {problems[0]}; {_finish(run)}")
     folders = [registry.router, *(adapter.folder for adapter in registry.adapters)]
     missing = [folder for folder in folders if not run.exists(folder)]
     if missing:
         raise RunError(f"{run.uri}: {missing[0]} is missing; {_finish(run)}")
+    if problems := name_problems(registry):
+        raise RunError(f"{run.uri}: {problems[0]}; {_finish(run)}")
     try:
         return keep(run, run, own_release(run, registry)).registry
     except OSError as error:
