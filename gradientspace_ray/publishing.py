@@ -24,7 +24,7 @@ from gradientspace_ray.registry import (
     name_problems,
     read_registry,
 )
-from gradientspace_ray.releases import FOLDER, Release, ReleaseError, Releases, commit, publish, release_id, shown
+from gradientspace_ray.releases import FOLDER, Release, ReleaseError, Releases, publish, release_id, shown
 from gradientspace_ray.run import MissingFileError, RunDirectory, RunError
 
 
@@ -56,16 +56,6 @@ def stage_run(served: RunDirectory, state: Releases, run_uri: str, canary_share:
         raise ReleaseError(f"{lost}; {mend}") from error
     kept = keep(served, source, release, _slots(served, state.began))
     return publish(state.model_copy(update={"current": current}), kept, canary_share)
-
-
-def publish_run(served: RunDirectory, state: Releases, run_uri: str, canary_share: float | None = None) -> Releases:
-    """`stage_run` and `releases.commit` in one. Returns the releases as committed.
-
-    Raises:
-        ReleaseError: see `stage_run`; or another change was committed first (`ReleaseConflictError`).
-        OSError: the run directory cannot be written.
-    """
-    return commit(served, state, stage_run(served, state, run_uri, canary_share))
 
 
 def inspect_release(run_uri: str) -> Release:

@@ -6,7 +6,9 @@ import json
 import numpy as np
 from safetensors.numpy import save
 
+from gradientspace_ray.publishing import stage_run
 from gradientspace_ray.registry import Adapter, Registry, committed_digest, write_registry
+from gradientspace_ray.releases import commit
 from gradientspace_ray.run import RunDirectory
 
 EXPERTS = ("count-sum", "story-door")
@@ -68,3 +70,8 @@ def make_small_run(place, seed, base_model="some/model", **shape):
     )
     write_registry(run, registry)
     return run, registry
+
+
+def publish_run(served, state, run_uri, canary_share=None):
+    """What an endpoint does, without loading anything in between."""
+    return commit(served, state, stage_run(served, state, run_uri, canary_share))

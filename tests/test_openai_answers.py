@@ -23,7 +23,7 @@ from gradientspace_ray.serving.openai_answers import (
     model_object,
 )
 from gradientspace_ray.serving.openai_parsing import parse_chat_request, parse_completion_request
-from gradientspace_ray.serving.openai_streams import PING, AnswerStream, error_event, event
+from gradientspace_ray.serving.openai_streams import AnswerStream, error_event, event
 
 
 def chat(**fields):
@@ -269,11 +269,6 @@ def test_line_ends_of_every_kind_stay_inside_their_event():
 def test_a_failure_in_a_stream_is_an_event_of_its_own():
     (line,) = read_events(error_event(server_error()))
     assert json.loads(line) == server_error().body
-
-
-def test_a_comment_is_no_event():
-    assert PING.startswith(b":")
-    assert PING.endswith(b"\n\n")
 
 
 def test_answers_have_ids_of_their_own():

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from small_runs import EXPERTS, adapter_files, digest_of_files, make_small_run, router_files, write_files
+from small_runs import EXPERTS, adapter_files, digest_of_files, make_small_run, publish_run, router_files, write_files
 
 from gradientspace_ray import lease
-from gradientspace_ray.publishing import inspect_release, keep, publish_run
+from gradientspace_ray.publishing import inspect_release, keep
 from gradientspace_ray.registry import file_problems, read_registry, write_registry
 from gradientspace_ray.releases import (
     ReleaseConflictError,

@@ -15,10 +15,9 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from small_runs import make_small_run
+from small_runs import make_small_run, publish_run
 
 from gradientspace_ray import cli, release_client
-from gradientspace_ray.publishing import publish_run
 from gradientspace_ray.release_client import EndpointError, parse_share
 from gradientspace_ray.releases import ReleaseConflictError, ReleaseError, commit, load_or_begin, promote, roll_back
 

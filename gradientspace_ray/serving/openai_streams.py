@@ -10,8 +10,6 @@ from gradientspace_ray.serving.openai_requests import SamplingParameters
 
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-PING = b": ping\n\n"
-"""A comment that clients skip; it keeps a connection open while a request waits."""
 _DONE = b"data: [DONE]\n\n"
 # Characters that end a line for some clients of event streams, though the standard says they do not.
 _LINE_ENDS = {char.encode(): f"\\u{ord(char):04x}".encode() for char in "\x85\u2028\u2029"}
