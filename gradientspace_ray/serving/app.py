@@ -52,8 +52,8 @@ def build(arguments: ServeArguments) -> Application:
         VllmUnavailableError: vLLM is asked for, and cannot run here.
     """
     arguments = arguments.model_copy(update={"run_dir": RunDirectory(arguments.run_dir).uri})
-    registry = _read_run(arguments.run_dir)
     keys = read_keys(arguments.keys_file, arguments.api_key_env, arguments.admin_key_env)
+    registry = _read_run(arguments.run_dir)
     experts = _experts(arguments, registry)
     router = serve.deployment(
         num_replicas=arguments.router_replicas,

@@ -90,6 +90,11 @@ async def _explain_http(request: Request, error: HTTPException) -> Response:
     return await _explain(request, ApiError(error.status_code, str(error.detail), headers=error.headers))
 
 
+@app.exception_handler(ClientDisconnect)
+async def _explain_to_nobody(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=CLIENT_LEFT)
+
+
 @app.exception_handler(Exception)
 async def _explain_failure(request: Request, error: Exception) -> Response:
     return await _explain(request, server_error())
@@ -334,8 +339,7 @@ class Ingress:
             call.end(error.status, error.code)
             raise
         except BaseException as error:
-            left = isinstance(error, asyncio.CancelledError | ClientDisconnect)
-            call.end(CLIENT_LEFT if left else 500)
+            call.end(CLIENT_LEFT if isinstance(error, asyncio.CancelledError | ClientDisconnect) else 500)
             raise
         if not isinstance(response, EventStream):
             call.end(200)
