@@ -1,7 +1,6 @@
 """Thousands of requests, a third of them given up: what an endpoint holds afterwards."""
 
 import asyncio
-import gc
 import os
 import random
 import re
@@ -120,7 +119,6 @@ def test_requests_that_are_given_up_leave_nothing_behind(url):
     began_s = time.monotonic()
     ends = asyncio.run(ask_all(url, range(WARM_UP, REQUESTS), rng))
     seconds = time.monotonic() - began_s
-    gc.collect()
     after = memory_mb()
     growth = {name: f"{warm[name]:.0f} -> {after[name]:.0f} MB" for name in warm}
     report(f"{ends.total()} requests in {seconds:.0f} s: {dict(ends)}; {growth}")
