@@ -14,8 +14,8 @@ from tiny_run import make_run
 
 from gradientspace_ray.examples.rendering import IGNORED, Message, Renderer
 from gradientspace_ray.models.loading import load_base, load_tokenizer
-from gradientspace_ray.registry import read_registry, write_registry
-from gradientspace_ray.router.classifier import load_head, router_digest, save_router
+from gradientspace_ray.registry import read_registry, router_digest, write_registry
+from gradientspace_ray.router.classifier import load_head, save_router
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.serving.app import build, endpoint, reserved_port
 from gradientspace_ray.serving.arguments import ServeArguments

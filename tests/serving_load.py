@@ -45,8 +45,10 @@ class Ask:
     @property
     def body(self) -> dict[str, Any]:
         messages = [{"role": "user", "content": self.prompt}]
-        limits = {"max_tokens": self.max_tokens, "ignore_eos": self.ignore_eos, "temperature": 0}
-        return {"model": self.model, "messages": messages, "stream": self.stream, **limits}
+        body = {"model": self.model, "messages": messages, "stream": self.stream}
+        # No parameter of OpenAI's: their client takes it only where it is needed.
+        further = {"ignore_eos": True} if self.ignore_eos else {}
+        return {**body, "max_tokens": self.max_tokens, "temperature": 0, **further}
 
 
 @dataclass(frozen=True)

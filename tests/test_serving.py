@@ -22,9 +22,9 @@ from this_machine import HAS_IPV6
 from tiny_run import COUNTING, EXPERTS, STORIES, make_adapter, make_run
 
 from gradientspace_ray.models.loading import WEIGHTS_FILE
-from gradientspace_ray.registry import Adapter, adapter_digest, read_registry, write_registry
+from gradientspace_ray.registry import Adapter, adapter_digest, read_registry, router_digest, write_registry
 from gradientspace_ray.releases import own_release
-from gradientspace_ray.router.classifier import LinearHead, load_head, router_digest, save_router
+from gradientspace_ray.router.classifier import LinearHead, load_head, save_router
 from gradientspace_ray.serving.app import build, endpoint, reserved_port
 from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.messages import RunChangedError

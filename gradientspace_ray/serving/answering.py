@@ -11,13 +11,13 @@ from ray.serve.handle import DeploymentResponseGenerator
 
 from gradientspace_ray.engine.contract import Piece
 from gradientspace_ray.serving.api_errors import ApiError, bad_request, unavailable
-from gradientspace_ray.serving.messages import Refused, Started
+from gradientspace_ray.serving.messages import Refused, SickReplicaError, Started
 from gradientspace_ray.serving.openai_answers import join_pieces
 
 Stream = DeploymentResponseGenerator[Any]
 Ask = Callable[[], Stream]
 """Sends the request to a replica of the experts."""
-REPLICA_LOST = (RayActorError, ReplicaUnavailableError)
+REPLICA_LOST = (RayActorError, ReplicaUnavailableError, SickReplicaError)
 ATTEMPTS = 3
 RETRY_AFTER_S = 5.0
 

@@ -9,7 +9,7 @@ import torch
 from ray import serve
 
 from gradientspace_ray.engine.adapters import AdapterFiles, HostCache
-from gradientspace_ray.engine.scheduler import Engine, PromptTooLongError, UnknownTokenError
+from gradientspace_ray.engine.scheduler import Engine, EngineClosedError, PromptTooLongError, UnknownTokenError
 from gradientspace_ray.engine.slots import Slots
 from gradientspace_ray.examples.rendering import Renderer, RenderingError
 from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
@@ -23,6 +23,7 @@ from gradientspace_ray.serving.messages import (
     Prompt,
     Refused,
     RunChangedError,
+    SickReplicaError,
     Started,
     is_conversation,
 )
@@ -129,6 +130,7 @@ class Experts:
 
         Raises:
             RunChangedError: the run no longer holds the adapter.
+            SickReplicaError: the engine has stopped.
             RuntimeError: the adapter cannot be loaded.
         """
         prompt_ids = await asyncio.to_thread(self._checked_prompt, request.prompt)
@@ -150,6 +152,8 @@ class Experts:
                     yield piece
         except UnknownTokenError as error:
             yield Refused(str(error), "invalid_value", "logit_bias")
+        except EngineClosedError as error:
+            raise SickReplicaError(str(error)) from error
         except ModelError as error:
             if adapter is not None:
                 await asyncio.to_thread(verify, adapter)

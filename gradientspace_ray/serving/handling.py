@@ -44,6 +44,7 @@ from gradientspace_ray.serving.messages import (
     Place,
     RouteRequest,
     RunChangedError,
+    SickReplicaError,
     is_conversation,
 )
 from gradientspace_ray.serving.openai_answers import answer_to, as_json
@@ -52,7 +53,7 @@ from gradientspace_ray.serving.openai_requests import SamplingParameters
 from gradientspace_ray.serving.openai_streams import HEADERS, MEDIA_TYPE, AnswerStream, error_event
 from gradientspace_ray.serving.routes import FORCED, Route
 
-FAILURES = (RayError, RayServeException, RunChangedError)
+FAILURES = (RayError, RayServeException, RunChangedError, SickReplicaError)
 logger = logging.getLogger("ray.serve")
 
 
@@ -229,6 +230,6 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RunChangedError):
         message = "what this model is made of is no longer there; the endpoint's owner must release it again"
         return unavailable(message, None, code="run_changed")
-    if isinstance(error, RayActorError | RayServeException):
+    if isinstance(error, RayActorError | RayServeException | SickReplicaError):
         return unavailable("a part of the endpoint was lost; try again", 1.0, code="replica_lost")
     return server_error()

@@ -12,6 +12,10 @@ Prompt = list[Message] | str | list[int]
 Reason = Literal["routed", "low_confidence", "out_of_distribution"]
 
 
+class SickReplicaError(RuntimeError):
+    """The replica that was asked cannot answer anybody, and is about to be replaced; another one may."""
+
+
 class RunChangedError(RuntimeError):
     """The run directory no longer holds what the endpoint was started with."""
 
