@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gradientspace_ray.engine import packing
 from gradientspace_ray.engine.adapters import AdapterFiles, HostCache, Matrices
 from gradientspace_ray.engine.batch import BatchedModel, context_tokens
 from gradientspace_ray.engine.contract import Piece, Sampling
@@ -70,7 +71,7 @@ class Engine:
         """Check that the model can be batched, and start the engine's thread.
 
         Args:
-            model: the base model, its layers wrapped by `slots`.
+            model: the base model, its layers wrapped by `slots`. On a CPU its weights are packed, in place.
             tokenizer: the base model's.
             slots: where adapters are held; from now on the engine's thread alone acquires and releases.
             host: adapters in this machine's memory; None is one without verification.
@@ -86,6 +87,8 @@ class Engine:
         """
         if cache_tokens is None:
             cache_tokens = max(max_rows * ROW_TOKENS, context_tokens(model.config))
+        if compute_dtype is torch.float32:  # autocast would have to unpack them
+            packing.pack(model)
         self._batched = BatchedModel(model, slots, max_rows, cache_tokens, compute_dtype)
         self.context_tokens = min(self._batched.context_tokens, cache_tokens)
         """Most tokens of a prompt and its answer together."""
