@@ -236,8 +236,8 @@ class RouterSection(Section):
     """Prompt -> expert."""
 
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    view: Literal["last_user", "first_user", "conversation"] = "conversation"
-    """The part of the prompt that the router reads."""
+    view: Literal["last_user", "first_user", "conversation"] = "last_user"
+    """The part of the prompt that the router reads; follow-ups keep their conversation's expert in any case."""
     max_tokens: Positive = 256
     """Longest prompt that the encoder sees, in its own tokens."""
 

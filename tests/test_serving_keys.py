@@ -24,9 +24,19 @@ def bearer(name):
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster, tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
-    folder = tmp_path_factory.mktemp("keys")
-    run = make_run(folder / "run", tiny_model_dir, tiny_encoder_dir)
+def run(tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
+    return make_run(tmp_path_factory.mktemp("keys") / "run", tiny_model_dir, tiny_encoder_dir)
+
+
+def test_without_keys_an_endpoint_does_not_start_where_strangers_reach_it(ray_cluster, run):
+    refused = "Ingress does not start: anyone who reaches 0.0.0.0 could use this endpoint"
+    with pytest.raises(RuntimeError, match=refused), serving(run, host="0.0.0.0", start_attempts=1):
+        pass
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
     limits = {
         "alice": {},
         "slow": {"requests_per_minute": PER_MINUTE},

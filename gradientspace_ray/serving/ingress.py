@@ -47,14 +47,15 @@ from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.board import ReleaseBoard
 from gradientspace_ray.serving.calls import CLIENT_LEFT, Call
 from gradientspace_ray.serving.exposition import CONTENT_TYPE, exposition
-from gradientspace_ray.serving.exposure import GIVE_KEYS, listening_host, refuse_exposure
+from gradientspace_ray.serving.exposure import GIVE_KEYS, is_from_here, listening_host, refuse_exposure
 from gradientspace_ray.serving.handling import FAILURES, EventStream, RequestHandler, as_api_error
-from gradientspace_ray.serving.keys import Admission, Key, Keys, TooManyError, UnauthorisedError, is_loopback
+from gradientspace_ray.serving.keys import Admission, Key, Keys, Ticket, TooManyError, UnauthorisedError
 from gradientspace_ray.serving.metrics import IngressMetrics
 from gradientspace_ray.serving.openai_answers import model_list, model_object
 from gradientspace_ray.serving.openai_parsing import parse_chat_request, parse_completion_request
 from gradientspace_ray.serving.openai_requests import SamplingParameters
 from gradientspace_ray.serving.openapi import openapi_document
+from gradientspace_ray.serving.request_log import RequestRecord
 
 ANNOUNCE_TIMEOUT_S, PREPARE_TIMEOUT_S = 30.0, 300.0
 # A request has its place, and its key's, while its body comes.
@@ -324,14 +325,9 @@ class Ingress:
             logger.warning("the releases cannot be read; requests go on by those that are known", exc_info=error)
 
     async def _answer(self, request: Request, parse: Callable[[bytes], SamplingParameters]) -> Response:
-        key = self._client(request)
-        try:
-            ticket = self._admission.admit(key)
-        except TooManyError as error:
-            self._metrics.rejected(error.limit)
-            raise rate_limited(str(error), error.retry_after_s) from error
-        request_id = request.headers.get("x-request-id", "")
-        call = Call(request_id, request.url.path, ticket, self._metrics, self._arguments.log_prompts)
+        request_id, path = request.headers.get("x-request-id", ""), request.url.path
+        ticket = self._admit(request, request_id, path)
+        call = Call(request_id, path, ticket, self._metrics, self._arguments.log_prompts)
         try:
             call.request = parse(await _read_body(request, self._arguments.max_body_bytes))
             response = await self._handler.answer(call, call.request)
@@ -345,10 +341,24 @@ class Ingress:
             call.end(200)
         return response
 
+    def _admit(self, request: Request, request_id: str, path: str) -> Ticket:
+        key = None
+        try:
+            key = self._client(request)
+            return self._admission.admit(key)
+        except ApiError as error:
+            refused = error
+        except TooManyError as error:
+            self._metrics.rejected(error.limit)
+            refused = rate_limited(str(error), error.retry_after_s)
+        name = key.name if key else None
+        request_log.write(RequestRecord(request_id, path=path, key=name, status=refused.status, error=refused.code))
+        raise refused
+
     def _client(self, request: Request) -> Key | None:
         if not self._keys.required and not self._arguments.allow_anonymous:
-            host = request.client.host if request.client else ""
-            if not is_loopback(host):
+            client = request.client.host if request.client else ""
+            if not is_from_here(client, request.headers.get("host", "")):
                 self._metrics.rejected("auth")
                 raise forbidden("this endpoint has no API keys, so it answers its own machine only; " + GIVE_KEYS)
         return self._known(self._keys.client, request)

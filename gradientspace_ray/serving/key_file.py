@@ -30,7 +30,7 @@ API_KEY_ENV = "GRADIENTSPACE_API_KEY"
 ADMIN_KEY_ENV = "GRADIENTSPACE_ADMIN_KEY"
 SHORTEST_KEY = 16
 NAME = r"[A-Za-z0-9_.:@-]{1,64}"
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 logger = logging.getLogger(__name__)
 
 
