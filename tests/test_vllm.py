@@ -339,7 +339,7 @@ SAMPLINGS = st.builds(
     Sampling,
     max_tokens=st.integers(1, 10_000),
     temperature=st.floats(0, 2),
-    top_p=st.floats(0.01, 1),
+    top_p=st.just(0.0) | st.floats(0, 1),
     top_k=st.integers(0, 100),
     seed=st.none() | st.integers(-(2**63), 2**64 - 1),
     stop=st.lists(st.text(min_size=1, max_size=5), max_size=4).map(tuple),
@@ -354,8 +354,10 @@ SAMPLINGS = st.builds(
 @given(SAMPLINGS, st.integers(1, 4096))
 def test_sampling_in_vllms_terms(sampling, room):
     fields = sampling_fields(sampling, room)
-    same = ("top_p", "top_k", "presence_penalty", "frequency_penalty", "ignore_eos")
+    same = ("presence_penalty", "frequency_penalty", "ignore_eos")
     assert {name: fields[name] for name in same} == {name: getattr(sampling, name) for name in same}
+    nucleus = (sampling.top_p, sampling.top_k) if sampling.top_p else (1, 1)
+    assert (fields["top_p"], fields["top_k"]) == nucleus
     assert fields["max_tokens"] == min(sampling.max_tokens, room)
     assert fields["temperature"] == (sampling.temperature if sampling.temperature >= 1e-5 else 0)
     assert (fields["seed"] is None) == (sampling.seed is None)

@@ -27,8 +27,9 @@ def sampling_fields(sampling: Sampling, room: int) -> dict[str, Any]:
     return {
         "max_tokens": min(sampling.max_tokens, room),
         "temperature": 0.0 if sampling.temperature < MIN_TEMPERATURE else sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
+        # No share of the probability leaves the most likely token alone; vLLM takes no 0.
+        "top_p": sampling.top_p or 1.0,
+        "top_k": sampling.top_k if sampling.top_p else 1,
         # vLLM draws a fresh one for -1.
         "seed": None if sampling.seed is None else sampling.seed % 2**63,
         "presence_penalty": sampling.presence_penalty,
