@@ -188,7 +188,16 @@ def test_what_cannot_be_served_is_told_before_ray_starts(capsys, pipeline, run_d
     assert f"{REGISTRY} is missing, the run has no router yet" in errors
 
 
-@pytest.mark.parametrize(("option", "device", "gpus"), [([], "cuda", 1), (["--device", "cpu"], "cpu", 0)])
+@pytest.mark.parametrize(
+    ("option", "device", "gpus"),
+    [
+        ([], "cuda", 1),
+        (["--set", "gpus_per_replica=0.5"], "cuda", 0.5),
+        (["--set", "vllm={tensor_parallel_size: 2}"], "cuda", 0),
+        (["--set", "vllm=null"], "cuda", 1),
+        (["--device", "cpu"], "cpu", 0),
+    ],
+)
 def test_the_run_s_device_is_the_default(capsys, monkeypatch, pipeline, run_dir, option, device, gpus):
     from gradientspace_ray.serving import app
 

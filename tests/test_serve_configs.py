@@ -96,6 +96,7 @@ def test_every_node_of_the_kuberay_service_says_how_ray_authenticates():
         ({"max_slots": 0}, "greater than or equal to 1"),
         ({"min_replicas": 3, "max_replicas": 2}, "min_replicas 3 is more than max_replicas 2"),
         ({"device": "tpu"}, "device"),
+        ({"vllm": {}, "gpus_per_replica": 2}, "gpus_per_replica 2 is not vLLM's; set vllm.tensor_parallel_size"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):

@@ -69,6 +69,7 @@ class ServeArguments(BaseModel):
     cpus_per_replica: Amount = 1
     """Of the experts, and as many threads of the model's products."""
     gpus_per_replica: Amount = 0
+    """Of this package's engine; vLLM takes `vllm.tensor_parallel_size`."""
     max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 0
     """Replicas of the experts that start before old ones stop, when the application is deployed again: no request is
     lost above 0, where the Ray cluster has room for them."""
@@ -95,6 +96,10 @@ class ServeArguments(BaseModel):
         if self.max_rows > self.max_ongoing_requests:
             fewer = f"max_rows {self.max_rows} is more than max_ongoing_requests {self.max_ongoing_requests}"
             raise ValueError(f"{fewer}, so that rows would stay empty")
+        if self.vllm is not None and self.gpus_per_replica:
+            raise ValueError(
+                f"gpus_per_replica {self.gpus_per_replica:g} is not vLLM's; set vllm.tensor_parallel_size instead"
+            )
         return self
 
 
