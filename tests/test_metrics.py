@@ -200,6 +200,9 @@ ray_gradientspace_router_seconds_sum{node="A"} 0.05
 # HELP ray_tasks Not of the endpoint.
 # TYPE ray_tasks gauge
 ray_tasks{State="RUNNING"} 4.0
+# HELP ray_vllm_generation_tokens_total vLLM's.
+# TYPE ray_vllm_generation_tokens_total counter
+ray_vllm_generation_tokens_total{node="A"} 7.0
 """
 NODE_B = """# HELP ray_serve_deployment_queued_queries Queued.
 # TYPE ray_serve_deployment_queued_queries gauge
@@ -223,6 +226,7 @@ def test_nodes_are_merged():
         ("ray_gradientspace_router_seconds_count", ("node", "A")): 1,
         ("ray_gradientspace_router_seconds_sum", ("node", "A")): 0.05,
         ("ray_serve_deployment_queued_queries", ("node", "B")): 3,
+        ("ray_vllm_generation_tokens_total", ("node", "A")): 7,
         ("gradientspace_metrics_nodes", ("state", "answered")): 2,
         ("gradientspace_metrics_nodes", ("state", "silent")): 2,
     }

@@ -15,12 +15,12 @@ from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TIMEOUT_S = 2.0
-FAMILIES = ("ray_gradientspace_", "ray_serve_")
+FAMILIES = ("ray_gradientspace_", "ray_serve_", "ray_vllm_")
 NODES = "gradientspace_metrics_nodes"
 
 
 async def exposition(timeout_s: float = TIMEOUT_S) -> str:
-    """The endpoint's metrics and Serve's own, from all nodes of the Ray cluster that this process is connected to.
+    """The endpoint's metrics, Serve's and vLLM's, from all nodes of the Ray cluster that this process is connected to.
 
     A node that does not answer is left out, and counted in `gradientspace_metrics_nodes{state="silent"}`.
 
