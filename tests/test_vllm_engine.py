@@ -5,7 +5,9 @@ log-probabilities waits for a compiler.
 """
 
 import asyncio
+import importlib
 import importlib.util
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +160,7 @@ def test_a_seed_repeats_an_answer_and_a_bias_decides_it(endpoint):
     drawn = replace(GREEDY, temperature=1.0, seed=-1)
     assert joined(endpoint.answer("abc", "a", drawn)) == joined(endpoint.answer("abc", "a", drawn))
     assert joined(endpoint.answer("abc", "a", drawn)) != joined(endpoint.answer("abc", "a", replace(drawn, seed=7)))
+    assert joined(endpoint.answer("abc", "a", replace(drawn, top_p=0.0))) == joined(endpoint.answer("abc", "a"))
     x = TOKENIZER.convert_tokens_to_ids("x")
     assert joined(endpoint.answer("abc", "a", replace(GREEDY, logit_bias={x: 100.0}))) == b"x" * GREEDY.max_tokens
 
@@ -206,6 +209,17 @@ def test_prompts_are_cached_for_their_own_adapter_alone(endpoint):
     other = endpoint.answer(prompt, "b")
     assert other[-1].cached_tokens == 0
     assert joined(other) == reference(endpoint, TOKENIZER.encode(prompt), "b")[0]
+
+
+def test_prompts_are_read_beside_the_event_loop():
+    experts = object.__new__(importlib.import_module(vllm.SERVER_MODULE).VllmExperts)
+    experts._read = lambda request: Refused(str(threading.get_ident()), None, "prompt")
+
+    async def refusal() -> list:
+        return [item async for item in experts.generate(Generation("abc", GREEDY, None))]
+
+    (refused,) = asyncio.run(refusal())
+    assert int(refused.message) != threading.get_ident()
 
 
 def test_a_client_that_leaves_ends_its_request_and_its_lease(endpoint):

@@ -128,7 +128,7 @@ class VllmExperts(LLMServer):
             RunChangedError: the run no longer holds the adapter.
             RuntimeError: the adapter cannot be loaded, or the engine failed.
         """
-        prompt_ids = self._read(request)
+        prompt_ids = await asyncio.to_thread(self._read, request)
         if isinstance(prompt_ids, Refused):
             yield prompt_ids
             return
