@@ -333,6 +333,21 @@ def test_the_shelf_unloads_the_one_unused_for_longest_and_asks_again_after_a_fai
     asyncio.run(main())
 
 
+def test_nothing_is_unloaded_for_what_nobody_asked_for():
+    async def main() -> None:
+        loader = Loader()
+        shelf = Shelf(2, loader.load, loader.unload)
+        async with shelf.lease(Place("a", "", "")):
+            # What is on its way takes room, too.
+            assert [shelf.preload(Place(name, "", "")) for name in ("a", "b", "b", "c")] == [False, True, False, False]
+        async with shelf.lease(Place("b", "", "")) as (name, _):
+            assert name == "b"
+        assert not shelf.preload(Place("c", "", ""))
+        assert list(shelf.leases()) == ["a", "b"]
+
+    asyncio.run(main())
+
+
 # Translation
 
 SAMPLINGS = st.builds(

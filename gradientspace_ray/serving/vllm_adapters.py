@@ -162,10 +162,7 @@ class Shelf(Generic[T]):
         Raises:
             Exception: what `load` raises.
         """
-        held = self._held.get(place.id)
-        if held is None:
-            held = self._held[place.id] = _Held(asyncio.create_task(self._loaded(place)))
-            held.loading.add_done_callback(lambda _: self._make_room())
+        held = self._held.get(place.id) or self._begin(place)
         self._held.move_to_end(place.id)
         held.users += 1
         try:
@@ -174,9 +171,25 @@ class Shelf(Generic[T]):
             held.users -= 1
             self._make_room()
 
+    def preload(self, place: Place) -> bool:
+        """Begin to load an adapter that nobody asked for, unless another would have to go for it.
+
+        Returns:
+            Whether it has begun; a lease waits for it, and is told its error.
+        """
+        if place.id in self._held or len(self._held) >= self._capacity:
+            return False
+        self._begin(place)
+        return True
+
     def leases(self) -> dict[str, int]:
         """Adapter -> how many use it now, for every adapter that is ready or on its way."""
         return {adapter_id: held.users for adapter_id, held in self._held.items()}
+
+    def _begin(self, place: Place) -> _Held[T]:
+        held = self._held[place.id] = _Held(asyncio.create_task(self._loaded(place)))
+        held.loading.add_done_callback(lambda _: self._make_room())
+        return held
 
     async def _loaded(self, place: Place) -> T:
         try:

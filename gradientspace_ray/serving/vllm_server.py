@@ -132,11 +132,9 @@ class VllmExperts(LLMServer):
         if isinstance(prompt_ids, Refused):
             yield prompt_ids
             return
-        if request.prefetch is not None:
-            prefetch = asyncio.create_task(self._problem(request.prefetch))
-            self._prefetches.add(prefetch)
-            prefetch.add_done_callback(self._prefetches.discard)
         async with self._adapter(request.adapter) as lora:
+            if request.prefetch is not None:
+                self._prefetch(request.prefetch)
             yield Started(len(prompt_ids))
             async with aclosing(self._pieces(request.sampling, prompt_ids, lora)) as pieces:
                 async for piece in pieces:
@@ -154,6 +152,13 @@ class VllmExperts(LLMServer):
     async def leases(self) -> dict[str, int]:
         """Adapter -> number of requests that use it now, for every adapter in memory."""
         return self._shelf.leases()
+
+    def _prefetch(self, place: Place) -> None:
+        """Load the router's second choice while the first one answers; no adapter goes for it."""
+        if self._shelf.preload(place):
+            prefetch = asyncio.create_task(self._problem(place))
+            self._prefetches.add(prefetch)
+            prefetch.add_done_callback(self._prefetches.discard)
 
     def _read(self, request: Generation) -> list[int] | Refused:
         """The prompt's tokens; or why the request cannot be served, which vLLM would say in its own words."""
