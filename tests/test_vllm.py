@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from tiny_models import BYTES, IM_END, byte_tokenizer, random_causal_lm, tiny_llama_config
 
 from gradientspace_ray.engine.contract import Sampling
+from gradientspace_ray.engine.rounds import EngineStatistics
 from gradientspace_ray.models.loading import ModelError, load_adapter, load_base, save_adapter
 from gradientspace_ray.registry import ADAPTER_FILES, Adapter, Registry, adapter_digest
 from gradientspace_ray.run import RunDirectory, RunError
@@ -28,6 +29,7 @@ from gradientspace_ray.serving import vllm
 from gradientspace_ray.serving.messages import Place, RunChangedError
 from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers, write_empty
 from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields
+from gradientspace_ray.serving.vllm_statistics import AnswerCounts
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
 
@@ -329,6 +331,7 @@ def test_the_shelf_unloads_the_one_unused_for_longest_and_asks_again_after_a_fai
                 async with shelf.lease(Place("bad", "", "")):
                     pass
         assert list(shelf.leases()) == ["a", "c"]
+        assert (shelf.loads, shelf.evictions) == (3, 1)
 
     asyncio.run(main())
 
@@ -343,7 +346,26 @@ def test_nothing_is_unloaded_for_what_nobody_asked_for():
         async with shelf.lease(Place("b", "", "")) as (name, _):
             assert name == "b"
         assert not shelf.preload(Place("c", "", ""))
-        assert list(shelf.leases()) == ["a", "b"]
+        assert (list(shelf.leases()), shelf.loads, shelf.evictions) == (["a", "b"], 2, 0)
+
+    asyncio.run(main())
+
+
+def test_loads_are_timed():
+    async def slow(place: Place) -> str:
+        await asyncio.sleep(0.02)
+        return place.id
+
+    async def never(value: str) -> None:
+        raise AssertionError
+
+    async def main() -> None:
+        shelf = Shelf(2, slow, never)
+        for name in ("a", "b", "a"):
+            async with shelf.lease(Place(name, "", "")):
+                pass
+        assert shelf.loads == 2
+        assert 0.038 < shelf.load_s < 10
 
     asyncio.run(main())
 
@@ -450,3 +472,21 @@ def test_outputs_without_news_are_no_pieces_and_an_aborted_answer_is_an_error():
     assert (piece.text, piece.completion_tokens, piece.logprobs, piece.queued_s) == ("é", 2, (), None)
     with pytest.raises(RuntimeError, match=r"vLLM ended the answer early \(abort\)"):
         answer.piece(Output([Completion([], finish_reason="abort")]))
+
+
+def test_tokens_are_counted_for_their_adapter_and_answers_while_they_run():
+    counts = AnswerCounts()
+
+    def now() -> EngineStatistics:
+        return counts.statistics({"a@1": 1}, loads=2, load_s=0.5, evictions=1)
+
+    held = {"leases": {"a@1": 1}, "loads": 2, "load_s": 0.5, "evictions": 1}
+    with counts.answer("a@1", 10) as count, counts.answer(None, 20) as count_base:
+        assert now() == EngineStatistics(rows=2, **held)
+        count(Output([Completion([1, 2])], num_cached_tokens=8))
+        count(Output([Completion([3])], num_cached_tokens=8))
+        count_base(Output([Completion([4])], num_cached_tokens=None))
+    with pytest.raises(RuntimeError, match="given up"), counts.answer("a@1", 5):
+        raise RuntimeError("given up")
+    tokens = {"prompt_tokens": 30, "cached_tokens": 8, "generated_tokens": {"a@1": 3, None: 1}}
+    assert now() == EngineStatistics(rows=0, **tokens, **held)

@@ -7,6 +7,7 @@ log-probabilities waits for a compiler.
 import asyncio
 import importlib
 import importlib.util
+import re
 import threading
 import time
 from dataclasses import replace
@@ -27,6 +28,7 @@ from gradientspace_ray.models.loading import load_base
 from gradientspace_ray.registry import adapter_digest
 from gradientspace_ray.run import RunDirectory
 from gradientspace_ray.serving import vllm
+from gradientspace_ray.serving.exposition import exposition
 from gradientspace_ray.serving.messages import Generation, Place, Refused, RunChangedError, Started
 
 pytestmark = [
@@ -220,6 +222,21 @@ def test_prompts_are_read_beside_the_event_loop():
 
     (refused,) = asyncio.run(refusal())
     assert int(refused.message) != threading.get_ident()
+
+
+def test_metrics_tell_of_the_experts_and_of_vllm(endpoint):
+    """Ray's agents collect every ten seconds."""
+    tokens = endpoint.answer("abc", "a", replace(GREEDY, top_p=0.0, temperature=1.0))[-1].completion_tokens
+    endpoint.handle.check_health.remote().result()
+    generated = rf'^ray_gradientspace_generated_tokens_total{{.*expert="{endpoint.places["a"].id}".*}} (\S+)$'
+    begin = time.monotonic()
+    while not (found := re.search(generated, text := asyncio.run(exposition()), re.MULTILINE)):
+        assert time.monotonic() - begin < 40
+        time.sleep(0.5)
+    assert float(found[1]) >= tokens
+    assert re.search(r"^ray_gradientspace_adapter_loads_total\{", text, re.MULTILINE)
+    assert re.search(r"^ray_vllm_num_requests_running\{", text, re.MULTILINE)
+    assert re.search(r"^ray_vllm_generation_tokens_total\{", text, re.MULTILINE)
 
 
 def test_a_client_that_leaves_ends_its_request_and_its_lease(endpoint):

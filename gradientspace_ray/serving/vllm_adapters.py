@@ -6,6 +6,7 @@ given a private copy, made and verified here, that nothing else writes to.
 
 import asyncio
 import json
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -152,6 +153,12 @@ class Shelf(Generic[T]):
         self._capacity = capacity
         self._load = load
         self._unload = unload
+        self.loads = 0
+        """Adapters loaded, in total."""
+        self.load_s = 0.0
+        """Seconds that these loads took, in total."""
+        self.evictions = 0
+        """Adapters unloaded, in total."""
         self._held: OrderedDict[str, _Held[T]] = OrderedDict()
         self._unloading: set[asyncio.Task[None]] = set()
 
@@ -192,16 +199,21 @@ class Shelf(Generic[T]):
         return held
 
     async def _loaded(self, place: Place) -> T:
+        begin_s = time.monotonic()
         try:
-            return await self._load(place)
+            value = await self._load(place)
         except BaseException:
             del self._held[place.id]
             raise
+        self.loads += 1
+        self.load_s += time.monotonic() - begin_s
+        return value
 
     def _make_room(self) -> None:
         ready = [id_ for id_, held in self._held.items() if held.loading.done()]
         idle = [id_ for id_ in ready if not self._held[id_].users]
         for adapter_id in idle[: max(len(ready) - self._capacity, 0)]:
+            self.evictions += 1
             task = asyncio.create_task(self._away(self._held.pop(adapter_id).loading.result()))
             self._unloading.add(task)
             task.add_done_callback(self._unloading.discard)

@@ -22,14 +22,16 @@ from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from gradientspace_ray.engine.contract import Piece, Sampling
+from gradientspace_ray.engine.contract import Piece
 from gradientspace_ray.examples.rendering import Renderer, RenderingError
 from gradientspace_ray.models.loading import ModelError, load_tokenizer, resolve_model
 from gradientspace_ray.run import COPIES, RunError
 from gradientspace_ray.serving.messages import AnswerItem, Generation, Place, Prompt, Refused, Started, is_conversation
+from gradientspace_ray.serving.metrics import EngineMetrics
 from gradientspace_ray.serving.vllm import VllmArguments, base_id, lora_name
 from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers, write_empty
 from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields
+from gradientspace_ray.serving.vllm_statistics import AnswerCounts
 
 NAME = "Experts"
 """Of the deployment, whatever engine it has."""
@@ -106,6 +108,8 @@ class VllmExperts(LLMServer):
         self._copies = tempfile.TemporaryDirectory(prefix=f"{COPIES}{os.getpid()}-")
         self._shelf = Shelf(capacity, self._load, self._unload)
         self._prefetches: set[asyncio.Task[str | None]] = set()
+        self._counts = AnswerCounts()
+        self._metrics = EngineMetrics()
 
         @serve.multiplexed(max_num_models_per_replica=capacity)
         async def hold(adapter_id: str) -> str:
@@ -132,13 +136,16 @@ class VllmExperts(LLMServer):
         if isinstance(prompt_ids, Refused):
             yield prompt_ids
             return
-        async with self._adapter(request.adapter) as lora:
-            if request.prefetch is not None:
-                self._prefetch(request.prefetch)
-            yield Started(len(prompt_ids))
-            async with aclosing(self._pieces(request.sampling, prompt_ids, lora)) as pieces:
-                async for piece in pieces:
-                    yield piece
+        try:
+            async with self._adapter(request.adapter) as lora:
+                if request.prefetch is not None:
+                    self._prefetch(request.prefetch)
+                yield Started(len(prompt_ids))
+                async with aclosing(self._pieces(request, prompt_ids, lora)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+        finally:
+            self._export()
 
     async def prepare(self, places: list[Place]) -> list[str]:
         """Load adapters ahead of their first request.
@@ -152,6 +159,21 @@ class VllmExperts(LLMServer):
     async def leases(self) -> dict[str, int]:
         """Adapter -> number of requests that use it now, for every adapter in memory."""
         return self._shelf.leases()
+
+    async def check_health(self) -> None:
+        """Serve asks every ten seconds, and starts another replica where this raises.
+
+        Raises:
+            Exception: vLLM's engine is dead.
+        """
+        self._export()
+        await super().check_health()
+
+    def _export(self) -> None:
+        shelf = self._shelf
+        self._metrics.export(
+            self._counts.statistics(shelf.leases(), loads=shelf.loads, load_s=shelf.load_s, evictions=shelf.evictions)
+        )
 
     def _prefetch(self, place: Place) -> None:
         """Load the router's second choice while the first one answers; no adapter goes for it."""
@@ -200,23 +222,26 @@ class VllmExperts(LLMServer):
             yield lora
 
     async def _pieces(
-        self, sampling: Sampling, prompt_ids: list[int], lora: LoRARequest | None
+        self, request: Generation, prompt_ids: list[int], lora: LoRARequest | None
     ) -> AsyncGenerator[Piece, None]:
+        sampling = request.sampling
+        adapter_id = request.adapter.id if request.adapter is not None else None
         room = self._client.model_config.max_model_len - len(prompt_ids)
         fields = sampling_fields(replace(sampling, max_tokens=sampling.max_tokens or self._max_tokens), room)
         answer = Answer(self._tokenizer, sampling)
         prompt = tokens_input(prompt_ids)
         try:
             parameters = SamplingParams(**fields, output_kind=RequestOutputKind.DELTA)
-            async with aclosing(
-                self._client.generate(prompt, parameters, uuid.uuid4().hex, lora_request=lora)
-            ) as outputs:
-                async for output in outputs:
-                    piece = answer.piece(output)
-                    if piece is not None:
-                        yield piece
-                        if piece.finish_reason is not None:
-                            return
+            generating = self._client.generate(prompt, parameters, uuid.uuid4().hex, lora_request=lora)
+            with self._counts.answer(adapter_id, len(prompt_ids)) as count:
+                async with aclosing(generating) as outputs:
+                    async for output in outputs:
+                        count(output)
+                        piece = answer.piece(output)
+                        if piece is not None:
+                            yield piece
+                            if piece.finish_reason is not None:
+                                return
         except VLLMError as error:
             # A built-in error, or the ingress would import vLLM to read it.
             raise RuntimeError(f"vLLM failed: {_first_line(error)}") from error
