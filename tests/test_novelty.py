@@ -10,9 +10,11 @@ from gradientspace_ray.examples.splits import hashed_position
 from gradientspace_ray.recipe import RouterSection
 from gradientspace_ray.router.encoder import PromptEncoder
 from gradientspace_ray.router.novelty import (
+    BOUND_PROMPTS,
     FALSE_ALARM_RATE,
     NEIGHBOURS,
     ROUNDING,
+    SAMPLE_PROMPTS,
     balanced_sample,
     fit_novelty,
     left_out_similarities,
@@ -68,8 +70,8 @@ def test_a_prompt_is_measured_without_its_own_group():
         similarities(kept[[index]], kept[[other for other in range(60) if other // 3 != index // 3]])[0]
         for index in range(60)
     ]
-    np.testing.assert_allclose(left_out_similarities(kept, groups), expected, atol=1e-6)
-    assert (left_out_similarities(kept, ["one"] * 60) == -1).all()
+    np.testing.assert_allclose(left_out_similarities(kept, groups, kept, groups), expected, atol=1e-6)
+    assert (left_out_similarities(kept, ["one"] * 60, kept, ["one"] * 60) == -1).all()
 
 
 @given(
@@ -133,6 +135,30 @@ def test_false_alarms_are_counted_and_the_fit_is_deterministic():
     _, _, again = made_fit(300, 120)
     assert again.min_similarity == fit.min_similarity
     assert np.array_equal(again.sample_MH, fit.sample_MH)
+
+
+def unbalanced_mixture(seed, diffuse, compact):
+    """Prompts of one wide cluster and of five narrow ones, and their clusters."""
+    generator = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(6), [diffuse, *[compact] * 5])
+    spread = np.where(labels == 0, 1.5, 0.2)[:, None]
+    points = np.eye(16)[labels] + spread * generator.normal(size=(len(labels), 16)) / 4
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("validation", [0, 50, 600])
+def test_the_rate_is_that_of_the_mixture_however_unbalanced_its_clusters(validation):
+    """The sample is mostly the narrow clusters', where similarities are high; 93 % of the prompts are of the wide one."""
+    rates = []
+    for seed in range(5):
+        train, labels = unbalanced_mixture(seed, 9000, 200)
+        held_out, _ = unbalanced_mixture(100 + seed, 5400, 120)
+        fresh, _ = unbalanced_mixture(200 + seed, 5400, 120)
+        drawn = np.random.default_rng(seed).permutation(len(held_out))[:validation]
+        fit = fit_novelty(train, labels, [str(index) for index in range(len(train))], held_out[drawn], seed)
+        assert (fit.training_prompts, len(fit.sample_MH)) == (BOUND_PROMPTS, SAMPLE_PROMPTS)
+        rates.append((similarities(fresh, fit.sample_MH) < fit.min_similarity).mean())
+    assert 0.005 <= np.mean(rates) <= 0.013, rates
 
 
 @pytest.fixture(scope="module")

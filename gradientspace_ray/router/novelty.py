@@ -4,7 +4,8 @@ A prompt's similarity is its mean cosine to the nearest of the training prompts:
 al. 2022, "Out-of-Distribution Detection with Deep Nearest Neighbors" (arXiv 2204.06507), which assumes no distribution.
 The mean stands for the k-th neighbour's alone, which says less where a skill has few examples.
 
-Shapes: N prompts, V validation prompts, M prompts of the sample, H width of the encoder.
+Shapes: N prompts, V validation prompts, M prompts of the sample, D training prompts drawn for the bound, H width of the
+encoder.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ import numpy as np
 NEIGHBOURS = 5
 SAMPLE_PROMPTS = 2000
 """Training prompts kept, at most: 1.5 MB at a width of 384."""
+BOUND_PROMPTS = 2000
+"""Training prompts measured for the bound, at most."""
 FALSE_ALARM_RATE = 0.01
 """Share of prompts like those of the training that may be taken for strangers."""
 ROUNDING = 1e-4
@@ -30,8 +33,8 @@ class NoveltyFit:
     min_similarity: float | None
     """Prompts of less similarity are strangers; None as above."""
     training_prompts: int
+    """Drawn for the bound, each measured without its own group."""
     training_false_alarms: int
-    """Of the sample, each measured against the examples of other groups."""
     validation_prompts: int
     validation_false_alarms: int
 
@@ -41,27 +44,30 @@ def fit_novelty(
 ) -> NoveltyFit:
     """Draw the sample, and choose the similarity below which one in a hundred prompts like these would fall.
 
-    The bound comes from prompts that were held out: those of the validation split, and each of the sample measured
-    without its own group. (Without itself alone is too little: near-duplicates stand beside it. On the quickstart
-    mixture, 1.6 % of the test prompts then fall below the bound, and 1.0 % without the group.)
+    The bound comes from the validation prompts and from training prompts, each measured without its own group. (Without
+    itself alone is too little: near-duplicates stand beside it. On the quickstart mixture, 1.6 % of the test prompts
+    then fall below the bound, and 1.0 % without the group.) The sample has as much of each cluster, so that rare skills
+    are known too; the prompts of the bound come as often as they do in the mixture, so that the rate is the mixture's.
 
     Args:
         encodings_NH: unit-length encodings of the training prompts.
         labels_N: the cluster of each.
         groups_N: what keeps near-duplicates together: prompts of the same one are never in two splits.
         validation_VH: encodings of the validation prompts.
-        seed: decides the sample.
+        seed: decides the sample and the draw.
     """
     chosen_M = balanced_sample(labels_N, SAMPLE_PROMPTS, seed)
     sample_MH = encodings_NH[chosen_M].astype(np.float16)
-    training_M = left_out_similarities(sample_MH, [groups_N[index] for index in chosen_M])
+    drawn_D = np.random.default_rng((seed, 1)).permutation(len(labels_N))[:BOUND_PROMPTS]
+    groups_D, groups_M = ([groups_N[index] for index in indices] for indices in (drawn_D, chosen_M))
+    training_D = left_out_similarities(encodings_NH[drawn_D], groups_D, sample_MH, groups_M)
     validation_V = similarities(validation_VH, sample_MH)
-    bound = lower_bound(np.concatenate([training_M, validation_V]), FALSE_ALARM_RATE)
+    bound = lower_bound(np.concatenate([training_D, validation_V]), FALSE_ALARM_RATE)
     return NoveltyFit(
         sample_MH=None if bound is None else sample_MH,
         min_similarity=bound,
-        training_prompts=len(training_M),
-        training_false_alarms=0 if bound is None else int((training_M < bound).sum()),
+        training_prompts=len(training_D),
+        training_false_alarms=0 if bound is None else int((training_D < bound).sum()),
         validation_prompts=len(validation_V),
         validation_false_alarms=0 if bound is None else int((validation_V < bound).sum()),
     )
@@ -72,14 +78,21 @@ def similarities(encodings_NH: np.ndarray, sample_MH: np.ndarray, neighbours: in
     return _mean_of_largest(_float32(encodings_NH) @ _float32(sample_MH).T, neighbours)
 
 
-def left_out_similarities(sample_MH: np.ndarray, groups_M: Sequence[str], neighbours: int = NEIGHBOURS) -> np.ndarray:
-    """`similarities` of the sample's own prompts to those of other groups, [M] float32.
+def left_out_similarities(
+    encodings_NH: np.ndarray,
+    groups_N: Sequence[str],
+    sample_MH: np.ndarray,
+    groups_M: Sequence[str],
+    neighbours: int = NEIGHBOURS,
+) -> np.ndarray:
+    """`similarities` to the sample's prompts of other groups, [N] float32.
 
     Neighbours that are missing, where there are few other groups, count as opposites (a cosine of -1).
     """
-    _, group_M = np.unique(np.asarray(groups_M, dtype=str), return_inverse=True)
-    cosine_MM = _float32(sample_MH) @ _float32(sample_MH).T
-    return _mean_of_largest(np.where(group_M[:, None] == group_M, np.float32(-1), cosine_MM), neighbours)
+    _, groups = np.unique(np.asarray([*groups_N, *groups_M], dtype=str), return_inverse=True)
+    group_N, group_M = groups[: len(groups_N)], groups[len(groups_N) :]
+    cosine_NM = _float32(encodings_NH) @ _float32(sample_MH).T
+    return _mean_of_largest(np.where(group_N[:, None] == group_M, np.float32(-1), cosine_NM), neighbours)
 
 
 def _float32(values: np.ndarray) -> np.ndarray:
