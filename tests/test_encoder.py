@@ -93,6 +93,7 @@ def test_what_was_encoded_lately_is_not_encoded_again(encoder, batches):
         for prompt in batch:
             known = [*(other for other in known if other != prompt), prompt]
         known = known[-3:]
+        assert all(row.base is None for row in remembering._known.values())
 
 
 def test_a_remembered_prompt_is_known_by_what_is_read_of_it(encoder):

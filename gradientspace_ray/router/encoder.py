@@ -91,7 +91,9 @@ class RememberingEncoder:
         with self._lock:
             found = {key: self._known[key] for key in keys if key in self._known}
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
-        found |= dict(zip(missing, self._encoder.encode(list(missing.values())), strict=True))
+        # Copies: a view would keep its whole batch in memory.
+        encoded = (row_H.copy() for row_H in self._encoder.encode(list(missing.values())))
+        found |= dict(zip(missing, encoded, strict=True))
         with self._lock:
             for key in keys:
                 self._known[key] = found[key]
