@@ -286,7 +286,7 @@ def test_hanging_up_ends_the_request(url, client, stream):
         list(pool.map(hang_up, range(6)))
     left = time.monotonic()
     while any(leases().values()):
-        assert time.monotonic() - left < 3, "the answers go on without a reader"
+        assert time.monotonic() - left < 8, "the answers go on without a reader"
         time.sleep(0.05)
     assert ask(client, EXPERTS[1], max_tokens=1).usage.completion_tokens == 1
 
