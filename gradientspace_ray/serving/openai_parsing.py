@@ -28,9 +28,9 @@ _LENGTHS = {"too_long": "above_max_length", "too_short": "below_min_length"}
 class RequestLimits:
     """What one request may ask for at most."""
 
-    max_tokens: int = 1024
+    max_tokens: int
     """Of each answer."""
-    max_choices: int = 16
+    max_choices: int
     """Answers: prompts times `n`."""
     max_prompt_characters: int = 2**18
     """Of each prompt; a token id counts as one. The context's length in tokens is the engine's to check."""
