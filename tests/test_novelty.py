@@ -148,12 +148,12 @@ def unbalanced_mixture(seed, diffuse, compact):
 
 @pytest.mark.parametrize("validation", [0, 50, 600])
 def test_the_rate_is_that_of_the_mixture_however_unbalanced_its_clusters(validation):
-    """The sample is mostly the narrow clusters', where similarities are high; 93 % of the prompts are of the wide one."""
+    """Five sixths of the sample are of the narrow clusters, and 88 % of the prompts of the wide one."""
     rates = []
-    for seed in range(5):
-        train, labels = unbalanced_mixture(seed, 9000, 200)
-        held_out, _ = unbalanced_mixture(100 + seed, 5400, 120)
-        fresh, _ = unbalanced_mixture(200 + seed, 5400, 120)
+    for seed in range(3):
+        train, labels = unbalanced_mixture(seed, 12000, 340)
+        held_out, _ = unbalanced_mixture(100 + seed, 3000, 85)
+        fresh, _ = unbalanced_mixture(200 + seed, 3000, 85)
         drawn = np.random.default_rng(seed).permutation(len(held_out))[:validation]
         fit = fit_novelty(train, labels, [str(index) for index in range(len(train))], held_out[drawn], seed)
         assert (fit.training_prompts, len(fit.sample_MH)) == (BOUND_PROMPTS, SAMPLE_PROMPTS)
