@@ -34,6 +34,11 @@ def router(recipe: Recipe, run: RunDirectory) -> Summary:
 
     The head learns prompt -> cluster on the training examples; temperature and threshold come from
     `evaluation/losses.validation.parquet`; training and validation prompts say what is out of distribution.
+
+    `threshold`, `validation_loss` and `validation_abstained` are those of the head on each conversation's own prompt,
+    the view at its last turn. Evaluation and endpoints also send what is out of distribution to the generalist, and
+    fold the decisions at all turns (`conversation.fold`); so their losses and shares, which `evaluation/` has, differ
+    from these where either matters.
     """
     experts = trained_experts(run)
     train_NH, validation_NH = encodings(recipe, run, ("train", "validation"))
