@@ -306,14 +306,22 @@ def test_unknown_addresses(url, target):
     connection.close()
 
 
+# HTTP lets a server be lenient with these: RFC 9110, sections 2.5 and 5.4, and RFC 9112, section 3.
+TOLERABLE = [
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET  / HTTP/1.1\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: " + b"a" * 2**20 + b"\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"x-many: 1\r\n" * 50_000 + b"\r\n",
+]
+
+
 @pytest.mark.parametrize(
     "sent",
     [
+        *TOLERABLE,
         b"\x00\x01\x02\x03\r\n\r\n",
         b"hello\r\n\r\n",
         b"BREW / HTTP/1.1\r\nhost: x\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"GET  / HTTP/1.1\r\n\r\n",
         b"GET /\x7f\xff HTTP/1.1\r\nhost: x\r\n\r\n",
         b"GET /health HTTP/1.1\r\nhost: x\r\nno colon\r\n\r\n",
         b"GET /health HTTP/1.1\r\nhost: x\r\na\x00b: c\r\n\r\n",
@@ -321,8 +329,6 @@ def test_unknown_addresses(url, target):
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: five\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}",
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: " + b"a" * 2**20 + b"\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"x-many: 1\r\n" * 50_000 + b"\r\n",
         b"GET /" + b"a" * 2**20 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32),  # TLS
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -338,7 +344,8 @@ def test_what_is_no_http_ends_at_once(url, sent):
             first_line = connection.makefile("rb").readline()
         except (ConnectionResetError, BrokenPipeError):
             return
-    assert first_line == b"" or first_line.split()[1][:1] in (b"2", b"4"), first_line
+    allowed = (b"2", b"4") if sent in TOLERABLE else (b"4",)
+    assert first_line == b"" or first_line.split()[1][:1] in allowed, first_line
 
 
 def test_headers_that_are_odd_but_valid_change_nothing(client):
