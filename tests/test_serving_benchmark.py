@@ -316,11 +316,34 @@ def test_ratios_are_taken_within_a_round(modules, load, setup):
         "value": 0.9,
         "bar": ">= 0.85",
         "ok": True,
+        "against": "base_only",
     }
     assert found["engine / ensemble, zipf"]["value"] == 3
     assert found["engine / ensemble, zipf"]["ok"]
+    assert found["engine / ensemble, zipf"]["against"] == "ensemble"
     failed = [{("engine", "zipf"): [], ("base_only", "zipf"): lockstep(1, 3)}]
     assert workloads.ratios(setup, "zipf", failed) == []
+
+
+@pytest.mark.parametrize(("wide_s", "value", "against"), [(0.2, 2.0, "ensemble_wide"), (0.4, 3.0, "ensemble")])
+def test_the_faster_ensemble_counts(modules, load, setup, wide_s, value, against):
+    workloads = modules["serving_workloads"]
+
+    def lockstep(step_s, rows):
+        return [trace_of(load, [number * step_s for number in range(9)]) for _ in range(rows)]
+
+    burst = {
+        ("engine", "zipf"): lockstep(0.1, 3),
+        ("ensemble", "all"): lockstep(0.1, 1),
+        ("ensemble_wide", "all"): lockstep(wide_s, 3),
+    }
+    (row,) = workloads.ratios(setup, "zipf", [burst])
+    assert (row["what"], row["value"], row["against"]) == ("engine / ensemble, zipf", value, against)
+    assert row["ok"] == (value >= setup.ensemble)
+    text = io.StringIO()
+    report = {"model": "m", "dtype": "d", "machine": {"threads": 1}, "ratios": [row]}
+    modules["serving_report"].show(report, Console(file=text, width=160))
+    assert f" {against} " in text.getvalue()
 
 
 def test_routed_requests_are_compared_with_the_router_and_the_base(modules):
