@@ -137,6 +137,10 @@ def test_what_is_left_out_is_openai_s_default():
     assert not parse(stream=True, stream_options={"continuous_usage_stats": True}).counts_continuously
 
 
+def test_a_conversation_of_512_messages_is_read():
+    assert len(parse(messages=HELLO * 512).conversation) == 512
+
+
 def test_choices_have_seeds_in_a_row_whatever_the_other_prompts():
     request = complete(prompt=["a", "b"], n=3, seed=2**63 - 2)
     assert [request.sampling(1, choice).seed for choice in range(6)] == [2**63 - 2, 2**63 - 1, -(2**63)] * 2
@@ -200,7 +204,9 @@ def test_what_is_not_served_is_refused_by_name_unless_it_asks_for_nothing(model)
     parser = PARSE[next(iter(prompt))]
     schema = openapi_document("1")["components"]["schemas"][model.__name__]["properties"]
     refused = {name: field["enum"] for name, field in schema.items() if "enum" in field}
-    assert {"tools", "response_format", "echo", "suffix", "best_of", "min_p"} <= set(refused)
+    assert {"tools", "response_format", "echo", "suffix", "best_of", "min_p"} <= set(
+        refused
+    )
     for name, neutral in refused.items():
         for value in neutral:
             parser(json.dumps({"model": "auto", **prompt, name: value}).encode())
@@ -252,7 +258,7 @@ def test_load_generators_and_frameworks_are_understood():
         ({"gradientspace": {"explain": 1}}, "gradientspace.explain", "invalid_type"),
         ({"gradientspace": {"expert": "x"}}, "gradientspace.expert", "unknown_parameter"),
         ({"messages": []}, "messages", "array_below_min_length"),
-        ({"messages": HELLO * 2049}, "messages", "array_above_max_length"),
+        ({"messages": HELLO * 513}, "messages", "array_above_max_length"),
         ({"logit_bias": {str(token): 0 for token in range(1025)}}, "logit_bias", "object_above_max_length"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),

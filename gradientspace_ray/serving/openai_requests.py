@@ -24,7 +24,7 @@ from gradientspace_ray.engine.contract import Sampling
 from gradientspace_ray.serving.api_errors import bad_request
 from gradientspace_ray.serving.messages import Message, Prompt
 
-MAX_MESSAGES = 256
+MAX_MESSAGES = 512
 MAX_KEYS = 1024
 
 
