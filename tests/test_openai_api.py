@@ -204,7 +204,7 @@ def test_what_is_not_served_is_refused_by_name_unless_it_asks_for_nothing(model)
     parser = PARSE[next(iter(prompt))]
     schema = openapi_document("1")["components"]["schemas"][model.__name__]["properties"]
     refused = {name: field["enum"] for name, field in schema.items() if "enum" in field}
-    assert {"tools", "response_format", "echo", "suffix", "best_of", "min_p"} <= set(
+    assert {"tools", "response_format", "echo", "suffix", "best_of", "min_p", "regex", "no_repeat_ngram_size"} <= set(
         refused
     )
     for name, neutral in refused.items():

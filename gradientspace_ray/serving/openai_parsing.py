@@ -1,5 +1,7 @@
 """From the bytes of a body to a request, or to an error that names the field to blame."""
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +22,11 @@ _CODES = {
     "string_too_long": "string_above_max_length",
     "string_too_short": "string_below_min_length",
 }
+MAX_UNKNOWN = 32
+"""Names that nobody knows; each costs a comparison with every name that is known."""
+LONGEST_NAME = 64
+LIKENESS = 0.8
+"""Of `difflib`: a name as like as this to a known one is that name, misspelt."""
 _RANGES = {"greater_than_equal": "below_min_value", "less_than_equal": "above_max_value"}
 _LENGTHS = {"too_long": "above_max_length", "too_short": "below_min_length"}
 
@@ -93,6 +100,7 @@ def _parse(kind: type[Request], body: bytes) -> Request:
         raise bad_request(f"the body is not valid JSON ({quote(str(error))})") from error
     if not isinstance(tree, dict):
         raise bad_request("the body should be a JSON object")
+    _refuse_misspelt(tree.keys() - kind.model_fields.keys(), kind)
     try:
         request = kind.model_validate(tree)
     except ValidationError as error:
@@ -100,6 +108,25 @@ def _parse(kind: type[Request], body: bytes) -> Request:
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options is only allowed when stream is true", param="stream_options")
     return request
+
+
+def _refuse_misspelt(unknown: Iterable[str], kind: type[SamplingParameters]) -> None:
+    names = sorted(unknown)
+    if len(names) > MAX_UNKNOWN:
+        raise bad_request(f"the body has {len(names)} unknown parameters; leave them out", code="unknown_parameter")
+    served = [name for name, field in kind.model_fields.items() if field.annotation is not Any]
+    # What is accepted whatever it holds, which has no check of its own, may as well be misspelt.
+    unserved = [name for name, field in kind.model_fields.items() if field.annotation is Any and field.metadata]
+    for name in names:
+        if len(name) > LONGEST_NAME:
+            continue
+        word = name.lower()
+        if near := difflib.get_close_matches(word, served, 1, LIKENESS) or difflib.get_close_matches(
+            word, unserved, 1, LIKENESS
+        ):
+            param = quote(name)
+            message = f"{param} is not known; did you mean {near[0]}?"
+            raise bad_request(message, param=param, code="unknown_parameter")
 
 
 def _as_api_error(detail: ErrorDetails, tree: dict[str, Any]) -> ApiError:

@@ -1,51 +1,38 @@
 """What may be asked of `/v1/chat/completions` and `/v1/completions`, and what that asks of an engine.
 
 Follows https://platform.openai.com/docs/api-reference and what the `openai` client and load generators send. A
-parameter that would change the answer and is not served is refused by name, never ignored; one that changes nothing is
-accepted, whatever it holds. Types are strict: "5" is no number, and neither is true.
+parameter that is known to change the answer and is not served (`openai_unserved`) is refused by name; one that changes
+nothing is accepted, whatever it holds. Other names are ignored, as clients send their own, unless they look like a
+known one that is misspelt (`openai_parsing`). Types are strict: "5" is no number, and neither is true.
 """
 
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     Tag,
 )
-from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
+from pydantic_core import PydanticKnownError
 
 from gradientspace_ray.engine.contract import Sampling
 from gradientspace_ray.serving.api_errors import bad_request
 from gradientspace_ray.serving.messages import Message, Prompt
+from gradientspace_ray.serving.openai_unserved import (
+    Accepted,
+    Neutral,
+    Strict,
+    Unserved,
+    UnservedFlag,
+    UnservedList,
+    UnservedParameters,
+)
 
 MAX_MESSAGES = 512
 MAX_KEYS = 1024
-
-
-class Neutral:
-    """Marks a parameter that is not served: only null and `values`, which ask for nothing, are let through."""
-
-    def __init__(self, *values: Any) -> None:
-        """Keep the values."""
-        self.values = (None, *values)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": list(self.values)}
-
-    def _check(self, value: Any) -> Any:
-        # To Python, True is 1.
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.values):
-            raise PydanticCustomError("unsupported_parameter", "is not supported by this server; leave it out")
-        return value
 
 
 def _shape(value: Any) -> str | None:
@@ -83,24 +70,16 @@ LogitBias = Annotated[
     Field(json_schema_extra={"additionalProperties": False, "maxProperties": MAX_KEYS}),
     OfFewKeys,
 ]
-Unserved = Annotated[Any, Neutral()]
-UnservedFlag = Annotated[Any, Neutral(False)]
-UnservedList = Annotated[Any, Neutral([])]
-Accepted = Any
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", use_attribute_docstrings=True)
-
-
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message's content; only text is served."""
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One message; what is not declared, such as `name`, is accepted and not used."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -118,7 +97,7 @@ class ChatMessage(_Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """How to stream."""
 
     model_config = ConfigDict(extra="forbid")
@@ -130,7 +109,7 @@ class StreamOptions(_Strict):
     """Accepted; there is no obfuscation."""
 
 
-class Extension(_Strict):
+class Extension(Strict):
     """What this server takes beyond OpenAI's parameters."""
 
     model_config = ConfigDict(extra="forbid")
@@ -138,7 +117,7 @@ class Extension(_Strict):
     """Answer with the router's probabilities."""
 
 
-class SamplingParameters(_Strict):
+class SamplingParameters(UnservedParameters):
     """What both endpoints take."""
 
     prompt_field: ClassVar[str]
@@ -182,47 +161,6 @@ class SamplingParameters(_Strict):
     service_tier: Accepted = None
     store: Accepted = None
     user: Accepted = None
-
-    # OpenAI's, and not served.
-    audio: Unserved = None
-    best_of: Annotated[Any, Neutral(1)] = None
-    echo: UnservedFlag = None
-    function_call: Annotated[Any, Neutral("none", "auto")] = None
-    functions: UnservedList = None
-    modalities: Annotated[Any, Neutral(["text"])] = None
-    moderation: Unserved = None
-    reasoning_effort: Annotated[Any, Neutral("none")] = None
-    response_format: Annotated[Any, Neutral({"type": "text"})] = None
-    suffix: Annotated[Any, Neutral("")] = None
-    tool_choice: Annotated[Any, Neutral("none", "auto")] = None
-    tools: UnservedList = None
-    verbosity: Annotated[Any, Neutral("medium")] = None
-    web_search_options: Unserved = None
-
-    # Other servers', and not served.
-    add_generation_prompt: Annotated[Any, Neutral(True)] = None
-    allowed_token_ids: Unserved = None
-    bad_words: UnservedList = None
-    chat_template: Unserved = None
-    chat_template_kwargs: Annotated[Any, Neutral({})] = None
-    continue_final_message: UnservedFlag = None
-    guided_choice: Unserved = None
-    guided_grammar: Unserved = None
-    guided_json: Unserved = None
-    guided_regex: Unserved = None
-    include_stop_str_in_output: UnservedFlag = None
-    length_penalty: Annotated[Any, Neutral(1)] = None
-    logits_processors: UnservedList = None
-    min_p: Annotated[Any, Neutral(0)] = None
-    min_tokens: Annotated[Any, Neutral(0)] = None
-    prompt_logprobs: Unserved = None
-    repetition_penalty: Annotated[Any, Neutral(1)] = None
-    skip_special_tokens: Annotated[Any, Neutral(True)] = None
-    stop_token_ids: UnservedList = None
-    structured_outputs: Unserved = None
-    truncate_prompt_tokens: Unserved = None
-    typical_p: Annotated[Any, Neutral(1)] = None
-    use_beam_search: UnservedFlag = None
 
     @property
     @abstractmethod
@@ -311,6 +249,7 @@ class ChatRequest(SamplingParameters):
 
     prompt_field = "messages"
 
+    add_special_tokens: UnservedFlag = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -347,6 +286,7 @@ class CompletionRequest(SamplingParameters):
         _union("a text, a list of texts, a list of token ids, or a list of such lists"),
     ]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    add_special_tokens: Annotated[Any, Neutral(True)] = None
     top_logprobs: Annotated[Any, Neutral(0)] = None
 
     @property
