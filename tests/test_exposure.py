@@ -10,7 +10,7 @@ WITH_KEYS = Keys(clients=(Key("alice", sha256_of("sk-alice")),))
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "my-host"])
 def test_a_public_address_needs_keys_or_a_word(host):
-    with pytest.raises(ExposedError, match=f"^anyone who reaches {host} could use this endpoint: set GRADIENTSPACE_API"):
+    with pytest.raises(ExposedError, match=f"^anyone who reaches {host} could use this endpoint: set GRADIENT"):
         refuse_exposure(host, Keys(), allow_anonymous=False)
     refuse_exposure(host, Keys(), allow_anonymous=True)
     refuse_exposure(host, WITH_KEYS, allow_anonymous=False)
