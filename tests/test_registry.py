@@ -18,11 +18,9 @@ from gradientspace_ray.registry import (
     misfits,
     name_problems,
     read_registry,
-    router_digest,
     trained_experts,
     write_registry,
 )
-from gradientspace_ray.router import classifier
 from gradientspace_ray.run import RunDirectory, RunError
 
 
@@ -110,7 +108,6 @@ def test_the_digest_of_a_committed_adapter_is_read_anew(object_store):
 def test_a_run_s_own_files_have_no_problems(tmp_path, tiny_model_dir, tiny_encoder_dir):
     registry = read_registry(make_run(tmp_path, tiny_model_dir, tiny_encoder_dir))
     assert name_problems(registry) == file_problems(registry, tmp_path) == []
-    assert router_digest(tmp_path / "router") == classifier.router_digest(tmp_path / "router")
     assert misfits(registry, tmp_path, adapter_layers(tmp_path / "generalist")) == []
 
 

@@ -271,7 +271,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize(
     ("number", "moment", "size"),
-    [(signal.SIGINT, r"\?uploads", 3), (signal.SIGKILL, "partNumber=2", 30_000_000)],
+    [(signal.SIGINT, r"\?uploads", 12_000_000), (signal.SIGKILL, "partNumber=2", 30_000_000)],
     ids=["interrupted", "killed"],
 )
 def test_a_process_that_ends_while_it_writes_leaves_the_old_or_the_new(proxy, patient, server, number, moment, size):

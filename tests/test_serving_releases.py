@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
-from serving_load import DEPLOYMENTS, Ask, Load, check, greedy_texts, kill, report, served, wait_until_whole
+from endpoint_load import DEPLOYMENTS, Ask, Load, check, greedy_texts, kill, report, served, wait_until_whole
 from tiny_models import save_tiny_model
 from tiny_run import COUNTING, EXPERTS, STORIES, make_run
 

@@ -10,7 +10,7 @@ from collections import Counter
 import aiohttp
 import httpx
 import pytest
-from serving_load import DEPLOYMENTS, leases, replicas, report, served, wait_until
+from endpoint_load import DEPLOYMENTS, leases, replicas, report, served, wait_until
 from tiny_run import EXPERTS, make_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
-from serving_load import (
+from endpoint_load import (
     BOUND_S,
     DEPLOYMENTS,
     PATIENCE_S,
