@@ -9,11 +9,10 @@ import shutil
 
 import httpx
 import pytest
+from endpoints import serving, write_keys
 from playwright.sync_api import expect, sync_playwright
 from tiny_run import COUNTING, EXPERTS, STORIES, make_run
 
-from gradientspace_ray.serving.app import build, endpoint, reserved_port
-from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.playground import HEADERS, PAGE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -21,6 +20,7 @@ API_KEY = "sk-playground"
 COUNT, STORY = EXPERTS
 HTML = '<img src=x onerror="window.hacked = true"><script>window.hacked = true</script> & <b>bold</b>'
 LONG_MS = 20_000
+expect.set_options(timeout=LONG_MS)
 # What the browser itself says of a response with an error status, or of none, that a test has provoked.
 PROVOKED = "Failed to load resource"
 
@@ -28,12 +28,10 @@ PROVOKED = "Failed to load resource"
 @pytest.fixture(scope="module")
 def url(ray_cluster, tmp_path_factory, tiny_model_dir, tiny_encoder_dir):
     """A real endpoint that asks for a key."""
-    run = make_run(tmp_path_factory.mktemp("playground") / "run", tiny_model_dir, tiny_encoder_dir)
-    run.write_json("manifest.json", {"format": 1, "stages": {}})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIENTSPACE_API_KEY", API_KEY)
-        application = build(ServeArguments(run_dir=run.uri))
-    with reserved_port("127.0.0.1", 0) as port, endpoint(application, "127.0.0.1", port) as url:
+    folder = tmp_path_factory.mktemp("playground")
+    run = make_run(folder / "run", tiny_model_dir, tiny_encoder_dir)
+    keys = write_keys(folder / "keys.yaml", keys=[{"name": "page", "key": API_KEY}])
+    with serving(run, keys_file=keys) as url:
         yield url
 
 
