@@ -259,7 +259,8 @@ def test_a_server_that_has_gone_is_given_up(proxy, run):
 
 
 WRITING = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin deaf to it
 from gradientspace_ray.run import RunDirectory
 run = RunDirectory(sys.argv[1])
 try:
