@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
-from typing import cast
 
 import torch
 from ray import serve
@@ -11,7 +10,7 @@ from ray import serve
 from gradientspace_ray.engine.adapters import AdapterFiles, HostCache
 from gradientspace_ray.engine.scheduler import Engine, EngineClosedError, PromptTooLongError, UnknownTokenError
 from gradientspace_ray.engine.slots import Slots
-from gradientspace_ray.examples.rendering import Renderer, RenderingError
+from gradientspace_ray.examples.rendering import RenderingError
 from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
 from gradientspace_ray.registry import Registry, adapter_digest
 from gradientspace_ray.run import RunDirectory, RunError
@@ -25,9 +24,9 @@ from gradientspace_ray.serving.messages import (
     RunChangedError,
     SickReplicaError,
     Started,
-    is_conversation,
 )
 from gradientspace_ray.serving.metrics import EngineMetrics
+from gradientspace_ray.serving.prompts import PromptReader, parameter_of
 
 # The current release, the one before and a canary, on a replica of eight slots.
 HOST_ADAPTERS_PER_SLOT = 3
@@ -113,8 +112,7 @@ class Experts:
             cache_tokens=arguments.cache_tokens,
             prefix_tokens=arguments.prefix_cache_tokens,
         )
-        self._renderer = Renderer(tokenizer)
-        self._tokenizer = tokenizer
+        self._reader = PromptReader(tokenizer)
         self._metrics = EngineMetrics()
         self._places: dict[Place, AdapterFiles] = {}
         self._prefetches: set[asyncio.Task[None]] = set()
@@ -184,34 +182,28 @@ class Experts:
         """Serve asks every ten seconds, and starts another replica where this raises.
 
         Raises:
-            RuntimeError: the engine's thread has ended.
+            RuntimeError: the engine's thread has ended or is stuck, or all of its steps fail.
         """
         self._metrics.export(self._engine.statistics())
         if not self._engine.healthy:
-            raise RuntimeError("the engine's thread has ended")
+            raise RuntimeError("the engine answers nobody: its thread has ended or is stuck, or all of its steps fail")
 
     def _read(self, place: Place) -> None:
         self._host.get(fetch(place))
 
     def _checked_prompt(self, prompt: Prompt) -> list[int] | Refused:
         """The tokens of a prompt that the model can read; no adapter is fetched for another one."""
-        field = "messages" if is_conversation(prompt) else "prompt"
+        parameter = parameter_of(prompt)
         try:
-            prompt_ids = self._prompt_ids(prompt)
+            prompt_ids = self._reader.token_ids(prompt)
             self._engine.check(prompt_ids)
         except RenderingError as error:
-            return Refused(str(error), None, field)
+            return Refused(str(error), None, parameter)
         except PromptTooLongError as error:
-            return Refused(str(error), "context_length_exceeded", field)
+            return Refused(str(error), "context_length_exceeded", parameter)
         except UnknownTokenError as error:
-            return Refused(str(error), "invalid_value", field)
+            return Refused(str(error), "invalid_value", parameter)
         return prompt_ids
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer(prompt)["input_ids"]
-            return ids
-        return self._renderer.prompt(prompt) if is_conversation(prompt) else cast(list[int], prompt)
 
     async def _files(self, place: Place) -> AdapterFiles:
         if place not in self._places:

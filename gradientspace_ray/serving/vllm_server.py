@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -23,11 +23,12 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from gradientspace_ray.engine.contract import Piece
-from gradientspace_ray.examples.rendering import Renderer, RenderingError
+from gradientspace_ray.examples.rendering import RenderingError
 from gradientspace_ray.models.loading import ModelError, load_tokenizer, resolve_model
 from gradientspace_ray.run import COPIES, RunError
-from gradientspace_ray.serving.messages import AnswerItem, Generation, Place, Prompt, Refused, Started, is_conversation
+from gradientspace_ray.serving.messages import AnswerItem, Generation, Place, Refused, Started
 from gradientspace_ray.serving.metrics import EngineMetrics
+from gradientspace_ray.serving.prompts import PromptReader, parameter_of
 from gradientspace_ray.serving.vllm import VllmArguments, base_id, lora_name
 from gradientspace_ray.serving.vllm_adapters import Shelf, check_fits, copy_verified, linear_layers, write_empty
 from gradientspace_ray.serving.vllm_answers import Answer, sampling_fields
@@ -98,7 +99,7 @@ class VllmExperts(LLMServer):
         engine_config.hf_model_id = await asyncio.to_thread(resolve_model, base_model)
         self._base_model = base_model
         self._tokenizer = await asyncio.to_thread(load_tokenizer, base_model)
-        self._renderer = Renderer(self._tokenizer)
+        self._reader = PromptReader(self._tokenizer)
         self._layers = await asyncio.to_thread(linear_layers, base_model)
         self._max_tokens = max_tokens
         self._max_lora_rank: int = llm_config.engine_kwargs["max_lora_rank"]
@@ -184,10 +185,9 @@ class VllmExperts(LLMServer):
 
     def _read(self, request: Generation) -> list[int] | Refused:
         """The prompt's tokens; or why the request cannot be served, which vLLM would say in its own words."""
-        prompt, sampling = request.prompt, request.sampling
-        param = "messages" if is_conversation(prompt) else "prompt"
+        sampling, param = request.sampling, parameter_of(request.prompt)
         try:
-            prompt_ids = self._prompt_ids(prompt)
+            prompt_ids = self._reader.token_ids(request.prompt)
         except RenderingError as error:
             return Refused(str(error), None, param)
         model = self._client.model_config
@@ -204,12 +204,6 @@ class VllmExperts(LLMServer):
             asked = f"{sampling.max_tokens} were asked for"
             return Refused(f"this server answers with at most {self._max_tokens} tokens, {asked}", None, "max_tokens")
         return prompt_ids
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer(prompt)["input_ids"]
-            return ids
-        return self._renderer.prompt(prompt) if is_conversation(prompt) else cast(list[int], prompt)
 
     @asynccontextmanager
     async def _adapter(self, place: Place | None) -> AsyncIterator[LoRARequest | None]:
