@@ -41,7 +41,8 @@ def stage_run(served: RunDirectory, state: Releases, run_uri: str, canary_share:
         The releases with the run's among them, not committed.
 
     Raises:
-        ReleaseError: see `publish` and `inspect_release`; or an adapter does not fit the endpoint's slots.
+        ReleaseError: see `publish`; or there is no finished run, a file is missing, is not what the registry says, or
+            cannot be served or held by the endpoint's slots: the first problem is named, and how many more there are.
         OSError: the run directory cannot be written.
     """
     if "://" not in run_uri and not Path(run_uri).is_absolute():
@@ -56,24 +57,6 @@ def stage_run(served: RunDirectory, state: Releases, run_uri: str, canary_share:
         raise ReleaseError(f"{lost}; {mend}") from error
     kept = keep(served, source, release, _slots(served, state.began))
     return publish(state.model_copy(update={"current": current}), kept, canary_share)
-
-
-def inspect_release(run_uri: str) -> Release:
-    """Check everything about a run that could keep it from being served, and load none of it.
-
-    Its files are read anew, whatever this process fetched before.
-
-    Returns:
-        The release. Its folders are relative to that run directory.
-
-    Raises:
-        ReleaseError: there is no finished run, or a file is missing, is not what the registry says, or cannot be
-            served; the first problem is named, and how many more there are.
-    """
-    source, release = _read(run_uri)
-    with tempfile.TemporaryDirectory(prefix="gradientspace-") as folder:
-        _refuse(source, _gather(source, release.registry, Path(folder)))
-    return release
 
 
 def keep(
@@ -93,7 +76,8 @@ def keep(
         The release with its folders there.
 
     Raises:
-        ReleaseError: see `inspect_release`; or an adapter does not fit the slots.
+        ReleaseError: a file is missing, is not what the registry says, or cannot be served or held by the slots; the
+            first problem is named, and how many more there are.
         OSError: the run directory cannot be written.
     """
     folder = f"{FOLDER}/{release.id}"

@@ -9,7 +9,7 @@ from safetensors.numpy import save
 from small_runs import EXPERTS, adapter_files, digest_of_files, make_small_run, publish_run, router_files, write_files
 
 from gradientspace_ray import lease
-from gradientspace_ray.publishing import inspect_release, keep
+from gradientspace_ray.publishing import keep
 from gradientspace_ray.registry import file_problems, read_registry, write_registry
 from gradientspace_ray.releases import (
     ReleaseConflictError,
@@ -46,13 +46,14 @@ def is_whole(run, release, tmp_path):
     return not file_problems(registry, scratch)
 
 
-def test_a_run_is_inspected_where_it_is(new_place):
-    run, registry = make_small_run(new_place(), 1)
-    release = inspect_release(run.uri)
-    assert (release.id, release.registry, release.run_uri) == (release_id(registry), registry, run.uri)
+def test_a_run_is_read_anew_each_time(new_place, tmp_path):
+    served, registry = make_small_run(tmp_path / "served", 0)
+    run, first = make_small_run(new_place(), 1)
+    state = publish_run(served, load_or_begin(served, registry), run.uri)
+    assert (state.current.id, state.current.run_uri) == (release_id(first), run.uri)
     # The same place with other content, as after another run; nothing remembered may answer.
-    run, registry = make_small_run(run.uri, 2)
-    assert inspect_release(run.uri).id == release_id(registry) != release.id
+    run, second = make_small_run(run.uri, 2)
+    assert publish_run(served, state, run.uri).current.id == release_id(second) != release_id(first)
 
 
 def test_what_is_published_outlives_the_run_that_made_it_and_the_one_that_is_served(new_place, tmp_path):
@@ -91,8 +92,6 @@ def test_a_kept_release_is_a_run_directory_that_can_be_published_again(tmp_path)
     other, _ = make_small_run(tmp_path / "other", 1)
     state = publish_run(served, load_or_begin(served, registry), other.uri)
     other.delete("experts", "generalist", "router", "registry.json")
-    again = inspect_release(served.uri_of(f"releases/{state.current.id}"))
-    assert again.id == state.current.id
     back = publish_run(served, state, served.uri_of(f"releases/{state.previous.id}"))
     assert (back.current.id, back.previous.id) == (state.previous.id, state.current.id)
 
@@ -234,11 +233,10 @@ def test_what_cannot_be_served_is_refused_in_one_line_and_changes_nothing(tmp_pa
     state = load_or_begin(served, registry)
     run, _ = make_small_run(tmp_path / "new", 1)
     damage(run)
-    for act in (lambda: inspect_release(run.uri), lambda: publish_run(served, state, run.uri)):
-        with pytest.raises(ReleaseError, match=reason) as error:
-            act()
-        assert "\n" not in str(error.value)
-        assert str(error.value).startswith(run.uri)
+    with pytest.raises(ReleaseError, match=reason) as error:
+        publish_run(served, state, run.uri)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(run.uri)
     assert load_or_begin(served, registry) == state
     assert set(served.names("releases")) <= {state.current.id}
     assert served.names(".staging") == []
@@ -250,8 +248,9 @@ def test_a_router_s_head_has_a_row_for_each_expert(tmp_path):
     write_files(run, "router", files)
     digest = digest_of_files(files, ("head.safetensors", "router.json"))
     write_registry(run, registry.model_copy(update={"router_digest": digest}))
+    served, own = make_small_run(tmp_path / "served", 0)
     with pytest.raises(ReleaseError, match=r"router: head\.safetensors has no row for each of 2 experts"):
-        inspect_release(run.uri)
+        publish_run(served, load_or_begin(served, own), run.uri)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +265,6 @@ def test_what_the_endpoint_cannot_hold_is_refused(tmp_path, changes, reason):
     served, registry = make_small_run(tmp_path / "served", 0)
     state = load_or_begin(served, registry)
     run, _ = make_small_run(tmp_path / "new", 1, **changes)
-    assert inspect_release(run.uri)
     with pytest.raises(ReleaseError, match=reason):
         publish_run(served, state, run.uri)
     copied = [name for name in served.names("releases") if name != "lease.lock"]
@@ -305,5 +303,5 @@ def test_credentials_stay_out_of_what_is_stored_and_said(object_store, tmp_path)
     assert "some-" not in served.read_bytes("releases.json").decode()
     run.write_bytes("registry.json", b"{")
     with pytest.raises(ReleaseError, match="cannot be used") as error:
-        inspect_release(run.uri)
+        publish_run(served, state, run.uri)
     assert "some-" not in str(error.value)
