@@ -303,6 +303,9 @@ class Ingress:
                 found = await handle.broadcast("prepare", what).results_async(timeout_s=PREPARE_TIMEOUT_S)
             except DeploymentUnavailableError:  # no replica while nobody asks; the next one loads what it is asked for
                 continue
+            except TimeoutError as error:
+                late = f"a replica has not loaded the release within {PREPARE_TIMEOUT_S:g} s"
+                raise ReleaseError(f"{late}; try again, what is copied is kept") from error
             problems = [problem for replica in found for problem in replica]
             if problems:
                 raise ReleaseError(problems[0])
