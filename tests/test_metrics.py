@@ -3,7 +3,6 @@ import contextlib
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import prometheus_client
@@ -12,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from gradientspace_ray.engine.rounds import EngineStatistics
 from gradientspace_ray.serving import metrics
 from gradientspace_ray.serving.exposition import exposition, gather, merge
 from gradientspace_ray.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS, EngineMetrics, IngressMetrics
@@ -23,19 +23,6 @@ RAYS_OWN = {
     "ray_serve_deployment_queued_queries": ("application", "deployment"),
     "ray_serve_autoscaling_target_replicas": ("application", "deployment"),
 }
-
-
-@dataclass(frozen=True)
-class EngineStatistics:
-    rows: int = 0
-    waiting: dict[str | None, int] = field(default_factory=dict)
-    leases: dict[str, int] = field(default_factory=dict)
-    loads: int = 0
-    load_s: float = 0.0
-    evictions: int = 0
-    cached_tokens: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: dict[str | None, int] = field(default_factory=dict)
 
 
 class Recorded:
@@ -296,7 +283,17 @@ def test_a_deployment_s_metrics_come_out_of_ray_s_agents(ray_cluster):
             self.ingress.ended("a@1", "routed", 200, 1.5, prompt_tokens=7, completion_tokens=5, first_token_s=0.3)
             self.ingress.released({"r1": 1.0})
             self.engine.export(
-                EngineStatistics(1, {"a@1": 2}, {"a@1": 2}, 3, 0.5, 4, 10, 30, generated_tokens={"a@1": 12, None: 5})
+                EngineStatistics(
+                    rows=1,
+                    waiting={"a@1": 2},
+                    leases={"a@1": 2},
+                    loads=3,
+                    load_s=0.5,
+                    evictions=4,
+                    cached_tokens=10,
+                    prompt_tokens=30,
+                    generated_tokens={"a@1": 12, None: 5},
+                )
             )
             self.ingress.rejected("overload")  # the last that is recorded
 
