@@ -18,6 +18,8 @@ from gradientspace_ray.run import RunDirectory, RunError
 REGISTRY = "registry.json"
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 HEAD_FILE, SETTINGS_FILE = ROUTER_FILES = ("head.safetensors", "router.json")
+HEAD_TENSORS = ("weight", "bias")
+"""What has a row for each expert in the head's file; there may be more, such as a sample of training prompts."""
 BASE, GENERALIST, AUTO = "base", "generalist", "auto"
 MAX_LORA_RANK = 1024
 PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
@@ -260,7 +262,7 @@ def _router_problems(registry: Registry, folder: Path) -> Iterator[str]:
     if labels != experts:
         yield f"names {', '.join(labels)} for the experts {', '.join(experts)}"
     head = _header(folder / HEAD_FILE)
-    if [shape[:1] for shape in head.values()] != [[len(labels)]] * 2:
+    if any(head.get(name, [])[:1] != [len(labels)] for name in HEAD_TENSORS):
         yield f"{HEAD_FILE} has no row for each of {len(labels)} experts"
 
 

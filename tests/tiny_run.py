@@ -46,12 +46,13 @@ def make_run(
             folder = f"{folder}@{digest}"
         adapters[name] = Adapter(name=name, digest=digest, folder=folder, title=name.replace("-", " "), examples=number)
     encoder = PromptEncoder(str(encoder_dir), 64, "cpu")
-    head = fit_head(encoder.encode(COUNTING + STORIES), np.repeat([0, 1], 4), 2, seed=0).head
+    encodings_NH = encoder.encode(COUNTING + STORIES)
+    head = fit_head(encodings_NH, np.repeat([0, 1], 4), 2, seed=0).head
     settings = RouterSettings(
         encoder=str(encoder_dir), view="last_user", max_tokens=64, labels=experts, temperature=1.0, threshold=0.0
     )
     (root / "router").mkdir()
-    save_router(root / "router", head, settings)
+    save_router(root / "router", head, settings, encodings_NH)
     registry = Registry(
         base_model=str(model_dir),
         max_tokens=512,
