@@ -190,11 +190,12 @@ def _keeping_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def disconnecting() -> Iterator[None]:
-    """Leave Ray at the end of the block; a local Ray that `connect` started ends with it."""
+    """Leave Ray at the end of the block if it was joined inside it; a local Ray that `connect` started ends with it."""
+    connected_before = ray.is_initialized()
     try:
         yield
     finally:
-        if ray.is_initialized():
+        if ray.is_initialized() and not connected_before:
             ray.shutdown()
 
 

@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+import ray
 import torch
 from rich.console import Console
 
@@ -328,3 +329,9 @@ def test_a_failure_on_a_worker_is_its_own_message(ray_cluster):
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         ray.get(fail.remote())
     assert one_line(caught.value) == "shard 3 is damaged; delete it"
+
+
+def test_only_a_ray_that_was_joined_inside_is_left(ray_cluster):
+    with pipeline.disconnecting():
+        pipeline.connect("cpu")
+    assert ray.is_initialized()
