@@ -1,7 +1,10 @@
 """The endpoint under the clients that people have: `openai`, `litellm`, LangChain."""
 
 import asyncio
+import json
 import os
+import subprocess
+import sys
 
 # Read when litellm is imported: without it, it asks the internet for prices.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -394,3 +397,24 @@ def test_many_clients_on_many_connections(url, greedy):
 
     models, texts = asyncio.run(ask_many())
     assert texts == [greedy[model] for model in models]
+
+
+def test_ray_s_own_benchmark_of_endpoints_runs_and_no_request_fails(url, run, tmp_path):
+    """At a fixed rate, routed, in conversations of two turns that begin with the same system prompt."""
+    results = tmp_path / "results.json"
+    endpoint = [f"--base-url={url}", f"--api-key={API_KEY}", "--model=auto"]
+    workload = ["--request-rate=6", "--duration=6", "--num-turns=2", "--isl=60", "--hit-rate=0.5", f"--osl={TOKENS}"]
+    files = [f"--tokenizer={read_registry(run).base_model}", f"--save-result={results}"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "ray.llm._internal.serve.benchmark", *endpoint, *workload, *files, "--seed=0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "failed" not in ended.stderr, ended.stderr
+    found = json.loads(results.read_text())
+    assert found["benchmark"]["total_requests"] >= 30
+    assert {turn["turn"] for turn in found["per_turn"]} == {1, 2}
+    assert all(0 < answer["output_tokens"] <= TOKENS for answer in found["raw_metrics"])
+    assert all(0 < answer["ttft_ms"] <= answer["e2e_latency_ms"] for answer in found["raw_metrics"])

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gradientspace_ray.engine.threads import in_passing_thread
 from gradientspace_ray.models.loading import CONFIG_FILE, LORA_A, LORA_B, PEFT_PREFIX, WEIGHTS_FILE, ModelError
 
 Matrices = dict[str, tuple[Tensor, Tensor]]
@@ -132,7 +133,7 @@ class HostCache:
                     self._held.move_to_end(adapter.id)
                     return self._held[adapter.id]
             try:
-                matrices = read_adapter(adapter.folder)
+                matrices = in_passing_thread(lambda: read_adapter(adapter.folder))
             finally:  # what is wrong with files that are not the adapter's own is of no interest
                 if self._verify is not None:
                     self._verify(adapter)

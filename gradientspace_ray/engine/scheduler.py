@@ -70,6 +70,8 @@ class Engine:
     ) -> None:
         """Check that the model can be batched, and start the engine's thread.
 
+        On a CPU, load the model and make its engine `in_passing_thread`, which says why.
+
         Args:
             model: the base model, its layers wrapped by `slots`. On a CPU its weights are packed, in place.
             tokenizer: the base model's.

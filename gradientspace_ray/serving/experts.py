@@ -10,6 +10,7 @@ from ray import serve
 from gradientspace_ray.engine.adapters import AdapterFiles, HostCache
 from gradientspace_ray.engine.scheduler import Engine, EngineClosedError, PromptTooLongError, UnknownTokenError
 from gradientspace_ray.engine.slots import Slots
+from gradientspace_ray.engine.threads import in_passing_thread
 from gradientspace_ray.examples.rendering import RenderingError
 from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
 from gradientspace_ray.registry import Registry, adapter_digest
@@ -96,22 +97,26 @@ class Experts:
         if arguments.device == "cpu":
             torch.set_num_threads(max(1, int(arguments.cpus_per_replica)))
         tokenizer = load_tokenizer(registry.base_model)
-        model = load_base(registry.base_model, registry.dtype, arguments.device)
         generalist = fetch(Place(registry.generalist.id, arguments.run_dir, registry.generalist.folder))
-        slots = Slots.like(model, generalist.folder, arguments.max_slots)
-        verify(generalist)
         self._host = HostCache(HOST_ADAPTERS_PER_SLOT * arguments.max_slots, verify)
-        self._engine = Engine(
-            model,
-            tokenizer,
-            slots,
-            host=self._host,
-            compute_dtype=_compute_dtype(registry, arguments.device),
-            max_rows=arguments.max_rows,
-            prefill_tokens=arguments.prefill_tokens,
-            cache_tokens=arguments.cache_tokens,
-            prefix_tokens=arguments.prefix_cache_tokens,
-        )
+
+        def start() -> Engine:
+            model = load_base(registry.base_model, registry.dtype, arguments.device)
+            slots = Slots.like(model, generalist.folder, arguments.max_slots)
+            verify(generalist)
+            return Engine(
+                model,
+                tokenizer,
+                slots,
+                host=self._host,
+                compute_dtype=_compute_dtype(registry, arguments.device),
+                max_rows=arguments.max_rows,
+                prefill_tokens=arguments.prefill_tokens,
+                cache_tokens=arguments.cache_tokens,
+                prefix_tokens=arguments.prefix_cache_tokens,
+            )
+
+        self._engine = in_passing_thread(start)
         self._reader = PromptReader(tokenizer)
         self._metrics = EngineMetrics()
         self._places: dict[Place, AdapterFiles] = {}

@@ -65,6 +65,9 @@ async def _ask_all(job: Job, url: str) -> dict[str, Any]:
     warm, pairs = job.prompts[: len(job.prompts) // 3], job.prompts[len(job.prompts) // 3 :]
     half = len(pairs) // 2
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        experts = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+        for model in experts:  # in a slot, and what all prompts begin with in the prefix cache, as the base model's is
+            await ask(client, model, warm[0], 2)
         for messages in warm:
             for model in (AUTO, BASE):
                 await ask(client, model, messages, 2)
