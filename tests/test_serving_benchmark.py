@@ -7,8 +7,12 @@ import math
 import statistics
 import time
 from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
+import psutil
 import pytest
 import torch
 from benchmark_scripts import imported
@@ -17,10 +21,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gradientspace_ray.engine.adapters import read_adapter
-from gradientspace_ray.models.loading import load_adapter, load_base, load_tokenizer
+from gradientspace_ray.models.loading import ModelError, load_adapter, load_base
 
 MODULES = ("serving", "serving_report", "serving_workloads", "serving_endpoint", "serving_setup", "serving_peers")
-MODULES += ("serving_engines", "serving_load", "gradients", "gradient_methods", "gradient_task", "sketch_methods")
+MODULES += (
+    "serving_engines",
+    "serving_load",
+    "serving_process",
+    "gradients",
+    "gradient_methods",
+    "gradient_task",
+    "sketch_methods",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +48,10 @@ def load(modules):
 
 @pytest.fixture(scope="module")
 def setup(modules, tiny_model_dir, tmp_path_factory):
-    model = load_base(str(tiny_model_dir))
     scratch = tmp_path_factory.mktemp("serving-benchmark")
     return modules["serving_engines"].Setup(
-        model=model,
-        tokenizer=load_tokenizer(str(tiny_model_dir)),
-        folders=modules["serving_setup"].write_adapters(model, scratch / "adapters", 4),
+        name=str(tiny_model_dir),
+        folders=modules["serving_setup"].write_adapters(load_base(str(tiny_model_dir)), scratch / "adapters", 4),
         rows=3,
         slots=2,
         ensemble=3,
@@ -203,6 +213,26 @@ def test_every_contender_answers_with_as_many_tokens_as_asked(modules, load, set
         assert counts[-1] == trace.request.max_tokens
 
 
+@pytest.mark.slow
+def test_a_contender_s_process_that_dies_or_cannot_begin_is_told(modules, load, setup):
+    begin = partial(modules["serving_process"].ContenderProcess, "engine", modules["serving_engines"].engine)
+    with pytest.raises(ModelError, match="nowhere"), begin(replace(setup, name="nowhere")):
+        pass
+    before = {*psutil.Process().children(recursive=True)}
+    with ExitStack() as stack:
+        contender = stack.enter_context(begin(setup))
+        (trace,) = contender.play(requests_of(load, lengths=[3]), 60)
+        assert trace.error is None
+        for child in {*psutil.Process().children(recursive=True)} - before:
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+        died = partial(pytest.raises, modules["sketch_methods"].MethodError, match="engine: its process ended")
+        with died():
+            contender.play(requests_of(load), 60)
+        with died():
+            stack.close()
+
+
 def test_static_batches_are_full_and_run_to_their_longest_answer(modules, load):
     batches = []
 
@@ -316,34 +346,11 @@ def test_ratios_are_taken_within_a_round(modules, load, setup):
         "value": 0.9,
         "bar": ">= 0.85",
         "ok": True,
-        "against": "base_only",
     }
     assert found["engine / ensemble, zipf"]["value"] == 3
     assert found["engine / ensemble, zipf"]["ok"]
-    assert found["engine / ensemble, zipf"]["against"] == "ensemble"
     failed = [{("engine", "zipf"): [], ("base_only", "zipf"): lockstep(1, 3)}]
     assert workloads.ratios(setup, "zipf", failed) == []
-
-
-@pytest.mark.parametrize(("wide_s", "value", "against"), [(0.2, 2.0, "ensemble_wide"), (0.4, 3.0, "ensemble")])
-def test_the_faster_ensemble_counts(modules, load, setup, wide_s, value, against):
-    workloads = modules["serving_workloads"]
-
-    def lockstep(step_s, rows):
-        return [trace_of(load, [number * step_s for number in range(9)]) for _ in range(rows)]
-
-    burst = {
-        ("engine", "zipf"): lockstep(0.1, 3),
-        ("ensemble", "all"): lockstep(0.1, 1),
-        ("ensemble_wide", "all"): lockstep(wide_s, 3),
-    }
-    (row,) = workloads.ratios(setup, "zipf", [burst])
-    assert (row["what"], row["value"], row["against"]) == ("engine / ensemble, zipf", value, against)
-    assert row["ok"] == (value >= setup.ensemble)
-    text = io.StringIO()
-    report = {"model": "m", "dtype": "d", "machine": {"threads": 1}, "ratios": [row]}
-    modules["serving_report"].show(report, Console(file=text, width=160))
-    assert f" {against} " in text.getvalue()
 
 
 def test_routed_requests_are_compared_with_the_router_and_the_base(modules):

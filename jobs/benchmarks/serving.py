@@ -6,13 +6,14 @@ Random LoRA experts on real prompts, greedy answers of given lengths. Every cont
 bursts, all due at once, where the speed of decoding is read while the batch is full; then in an open loop, a Poisson
 process at a rate that is stated, where latencies are read. Contenders take turns within a round, those whose speed may
 depend on who asks for which expert next to each other under each workload, and ratios are taken within a round, so that
-a machine that slows down favours nobody.
+a machine that slows down favours nobody. Each has a process of its own.
 
   engine           the project's engine, every row with its own expert
   base_only        the same engine and requests, all answered by the base model
   peft_mixed       PEFT's adapter_names: static batches by generate
   ensemble         as ELREA does: K experts read every token and their distributions are averaged; K rows a request,
                    in stacked matrices, which is faster than PEFT's mixed batch, and no more rows than the others have
+  ensemble_wide    the same with K times the rows of the others, for reference
   transformers_*   the base model alone, by transformers' generate, continuous batching, and server: for reference
 
 Then how long an adapter takes into a slot, and, over HTTP through the real application on a local Ray, how much later
@@ -20,7 +21,6 @@ the first token of a routed request comes than one of the base model's.
 """
 
 import argparse
-import asyncio
 import json
 import statistics
 import sys
@@ -45,7 +45,7 @@ from transformers.utils import logging as transformers_logging
 
 from gradientspace_ray.examples.formats import SourceError
 from gradientspace_ray.models.bundled import CHAT_MODEL, ENCODER
-from gradientspace_ray.models.loading import ModelError, load_base, load_tokenizer
+from gradientspace_ray.models.loading import ModelError, load_base
 
 LOAD, SLOTS, ENDPOINT = "load", "slots", "endpoint"
 PARTS = (LOAD, SLOTS, ENDPOINT)
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=_range, default=(24, 40), metavar="A-B", help="of an answer; default: 24-40")
     parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="bursts; default: 3")
     parser.add_argument("--rate", type=float, metavar="X", help="requests a second; default: 0.6 of what base_only can")
-    parser.add_argument("--endpoint-pairs", type=_positive, default=24, metavar="N", help="prompts; default: 24")
+    parser.add_argument("--endpoint-pairs", type=_positive, default=60, metavar="N", help="prompts; default: 60")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for adapters; default: the system's place")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), metavar="N", help="PyTorch's")
     if parser.parse_args(arguments).quick:
@@ -158,17 +158,17 @@ def measured(options: argparse.Namespace, console: Console, scratch: Path) -> di
 
     Raises:
         TaskError: there are too few examples.
-        MethodError: the endpoint's process failed.
+        MethodError: the endpoint's process or a contender's failed.
     """
-    model, tokenizer = load_base(options.model), load_tokenizer(options.model)
     needed = options.rounds * options.burst + options.requests + options.rows
     prompts = read_prompts(options.data, needed + options.endpoint_pairs, options.model, scratch)
     lengths = [len(prompt.ids) for prompt in prompts]
     console.print(f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all")
     setup = Setup(
-        model=model,
-        tokenizer=tokenizer,
-        folders=write_adapters(model, scratch / "adapters", max(options.experts, options.many_experts)),
+        name=options.model,
+        folders=write_adapters(
+            load_base(options.model), scratch / "adapters", max(options.experts, options.many_experts)
+        ),
         rows=options.rows,
         slots=options.slots,
         ensemble=options.ensemble,
@@ -189,7 +189,7 @@ def measured(options: argparse.Namespace, console: Console, scratch: Path) -> di
     rate = options.rate or ENDPOINT_RATE
     if LOAD in options.parts:
         plan = plan_of(options, prompts[:needed])
-        report |= asyncio.run(compare(setup, plan, options.contenders, console.print))
+        report |= compare(setup, plan, options.contenders, console.print)
         rate = report["rate_per_second"]
     if SLOTS in options.parts:
         report["slot_load_ms"] = slot_loads(setup, SLOT_ROUNDS)

@@ -1,8 +1,8 @@
-"""Who answers the requests in this process: the engine, and other ways to generate with experts.
+"""Who answers the requests: the engine, and other ways to generate with experts.
 
-All of them compute with the same weights in memory, greedily, with as many threads; one has its turn at a time.
-`CONTENDERS` opens each by name. Static batches are the way of `generate`: requests that wait are taken together, the
-batch runs until its longest answer is done, and who comes meanwhile waits.
+All of them compute with the same weights, greedily, with as many threads; one has its turn at a time, and what opening
+one computes is done on a thread that ends. Static batches are the way of `generate`: requests that wait are taken
+together, the batch runs until its longest answer is done, and who comes meanwhile waits.
 
 Shapes: K experts of an ensemble, P requests, N rows of a batch, T tokens, I and O input and output width of a layer,
 R LoRA rank, V vocabulary.
@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from gradientspace_ray.engine.adapters import AdapterFiles, read_adapter
 from gradientspace_ray.engine.contract import Sampling
 from gradientspace_ray.engine.scheduler import Engine
 from gradientspace_ray.engine.slots import Slots
-from gradientspace_ray.models.loading import load_adapter
+from gradientspace_ray.engine.threads import in_passing_thread
+from gradientspace_ray.models.loading import load_adapter, load_base, load_tokenizer
 from gradientspace_ray.models.reading import set_attention
 
 GATHER_S = 0.002
@@ -50,9 +52,8 @@ Generate = Callable[[Sequence[Request], Step], None]
 class Setup:
     """What the contenders share."""
 
-    model: PreTrainedModel
-    """The bare base model."""
-    tokenizer: PreTrainedTokenizerBase
+    name: str
+    """Of the base model."""
     folders: tuple[Path, ...]
     """PEFT folder of each expert."""
     rows: int
@@ -65,6 +66,16 @@ class Setup:
     scratch: Path
     longest: int
     """Most tokens of a prompt and its answer."""
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The bare base model, loaded when it is first asked for."""
+        return load_base(self.name)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's."""
+        return load_tokenizer(self.name)
 
 
 def copy_of(model: PreTrainedModel, attention: str | None = None) -> PreTrainedModel:
@@ -91,9 +102,13 @@ async def engine(setup: Setup, base_only: bool = False) -> AsyncIterator[Answer]
         setup: see there.
         base_only: answer every request with the base model, whatever expert it asks for.
     """
-    model = copy_of(setup.model)
-    slots = Slots.like(model, setup.folders[0], setup.slots)
-    made = Engine(model, setup.tokenizer, slots, max_rows=setup.rows, prefix_tokens=0)
+
+    def start() -> Engine:
+        model = copy_of(setup.model)
+        slots = Slots.like(model, setup.folders[0], setup.slots)
+        return Engine(model, setup.tokenizer, slots, max_rows=setup.rows, prefix_tokens=0)
+
+    made = in_passing_thread(start)
     adapters = [AdapterFiles(f"{folder.name}@{number}", folder) for number, folder in enumerate(setup.folders)]
 
     async def answer(request: Request) -> AsyncGenerator[int, None]:
@@ -205,7 +220,7 @@ def longest_answer(requests: Sequence[Request]) -> int:
 @asynccontextmanager
 async def transformers_generate(setup: Setup) -> AsyncIterator[Answer]:
     """The bare base model, by `generate` of transformers."""
-    model: Any = copy_of(setup.model, "sdpa")
+    model: Any = in_passing_thread(lambda: copy_of(setup.model, "sdpa"))
 
     def generate(requests: Sequence[Request], step: Step) -> None:
         ids_PT, mask_PT = left_padded(requests)
@@ -219,9 +234,14 @@ async def transformers_generate(setup: Setup) -> AsyncIterator[Answer]:
 @asynccontextmanager
 async def peft_mixed(setup: Setup) -> AsyncIterator[Answer]:
     """PEFT's mixed batches: all adapters are loaded, and each row of `generate` names its own."""
-    model: Any = copy_of(setup.model, "sdpa")
-    for number, folder in enumerate(setup.folders):
-        model = load_adapter(model, folder, f"expert{number}")
+
+    def loaded() -> Any:
+        model: Any = copy_of(setup.model, "sdpa")
+        for number, folder in enumerate(setup.folders):
+            model = load_adapter(model, folder, f"expert{number}")
+        return model
+
+    model = in_passing_thread(loaded)
 
     def generate(requests: Sequence[Request], step: Step) -> None:
         ids_PT, mask_PT = left_padded(requests)
@@ -316,7 +336,7 @@ async def ensemble(setup: Setup, requests_at_once: int | None = None) -> AsyncIt
         setup: see there.
         requests_at_once: of a batch; None fits as many as do not have more rows than the others' batches.
     """
-    model = ensemble_model(setup)
+    model = in_passing_thread(lambda: ensemble_model(setup))
     most = requests_at_once or max(1, setup.rows // setup.ensemble)
 
     def generate(requests: Sequence[Request], step: Step) -> None:
@@ -337,7 +357,7 @@ async def continuous_batching(setup: Setup) -> AsyncIterator[Answer]:
         allow_block_sharing=False,
         auto_switch_to_flash=False,
     )
-    model: Any = copy_of(setup.model, "sdpa")
+    model: Any = in_passing_thread(lambda: copy_of(setup.model, "sdpa"))
     manager = model.init_continuous_batching(
         GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0), settings
     )

@@ -62,11 +62,8 @@ def _cell(value: float | None, kind: str) -> str:
 def _bars_table(report: dict[str, Any]) -> Table:
     table = Table(title="bars")
     table.add_column("what")
-    table.add_column("against")
     for heading in ("value", "bar", ""):
         table.add_column(heading, justify="right")
     for row in report["ratios"]:
-        table.add_row(
-            row["what"], row.get("against", ""), f"{row['value']:.3g}", row["bar"], "ok" if row["ok"] else "NOT OK"
-        )
+        table.add_row(row["what"], f"{row['value']:.3g}", row["bar"], "ok" if row["ok"] else "NOT OK")
     return table

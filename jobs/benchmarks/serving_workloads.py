@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, ExitStack
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ from serving_load import (
     drawn_experts,
     made_requests,
     percentile,
-    play,
     summary,
 )
 from serving_peers import transformers_serve
+from serving_process import ContenderProcess, Open
 
 from gradientspace_ray.engine.adapters import AdapterFiles, HostCache
 from gradientspace_ray.engine.slots import Slots
@@ -35,7 +35,6 @@ LOAD = 0.6
 LIMIT_S = 300.0
 WARM_TOKENS = 4
 Tell = Callable[[str], None]
-Open = Callable[[Setup], AbstractAsyncContextManager[Answer]]
 
 
 class Contender(NamedTuple):
@@ -67,8 +66,8 @@ CONTENDERS = {
         partial(transformers_serve, flags=("--continuous-batching",)), mixes=False, rounds=1
     ),
 }
-"""The last four are there for reference. The ensembles compute as many rows as the others, or as many for each expert;
-the faster one counts."""
+"""The last five are there for reference. `ensemble` has no more rows than the others, `ensemble_wide` as many for each
+of its experts: that much memory for keys and values would let the others answer more requests at once, too."""
 
 
 class Plan(NamedTuple):
@@ -122,7 +121,7 @@ Load = dict[tuple[str, str], list[Trace]]
 ALL = "all"
 
 
-async def compare(setup: Setup, plan: Plan, names: Sequence[str], tell: Tell) -> dict[str, Any]:
+def compare(setup: Setup, plan: Plan, names: Sequence[str], tell: Tell) -> dict[str, Any]:
     """Part of the report: `workloads`, `rate_per_second`, `ratios` and who was left out (`skipped`).
 
     Args:
@@ -130,61 +129,64 @@ async def compare(setup: Setup, plan: Plan, names: Sequence[str], tell: Tell) ->
         plan: what is asked.
         names: contenders.
         tell: is told what has been done.
+
+    Raises:
+        MethodError: a contender's process ended.
     """
     skipped: dict[str, str] = {}
-    async with AsyncExitStack() as stack:
-        answers: dict[str, Answer] = {}
+    with ExitStack() as stack:
+        contenders: dict[str, ContenderProcess] = {}
         warm = plan.warm_up(setup.rows)
         for name in names:
             started = perf_counter()
             try:
-                answers[name] = await stack.enter_async_context(CONTENDERS[name].open(setup))
+                contenders[name] = stack.enter_context(ContenderProcess(name, CONTENDERS[name].open, setup))
             except AnswerError as error:
                 skipped[name] = str(error)
                 continue
-            await play(warm, answers[name], LIMIT_S)
+            contenders[name].play(warm, LIMIT_S)
             tell(f"{name}: ready after {perf_counter() - started:.0f} s")
-        bursts = [await turn(plan, answers, number, None, tell) for number in range(plan.rounds)]
+        bursts = [turn(plan, contenders, number, None, tell) for number in range(plan.rounds)]
         rate = plan.rate or LOAD * capacity(bursts[0])
         tell(f"open loop: {rate:.2f} requests per second")
-        opened = await turn(plan, answers, plan.rounds, rate, tell)
-    found = {workload: summaries(setup, workload, [*answers], bursts, opened) for workload in plan.workloads}
+        opened = turn(plan, contenders, plan.rounds, rate, tell)
+    found = {workload: summaries(setup, workload, [*contenders], bursts, opened) for workload in plan.workloads}
     compared = [ratio for workload in plan.workloads for ratio in ratios(setup, workload, bursts)]
     return {"rate_per_second": round(rate, 3), "workloads": found, "ratios": compared, "skipped": skipped}
 
 
-async def turn(plan: Plan, answers: Mapping[str, Answer], number: int, rate: float | None, tell: Tell) -> Load:
+def turn(plan: Plan, contenders: Mapping[str, ContenderProcess], number: int, rate: float | None, tell: Tell) -> Load:
     """One load for everybody, one after the other: those whom experts matter to have it next to each other.
 
     Args:
         plan: what is asked.
-        answers: contenders by name.
+        contenders: by name.
         number: of the load.
         rate: of the open loop, which has all contenders; None is a burst, where some sit out later rounds.
         tell: is told what has been done.
     """
     load: Load = {}
 
-    async def measure(name: str, workload: str, key: str) -> None:
+    def measure(name: str, workload: str, key: str) -> None:
         requests = plan.load(number, workload, rate)
         own = requests[: max(1, round(CONTENDERS[name].share * len(requests)))]
         started = perf_counter()
-        load[name, key] = await play(own, answers[name], LIMIT_S)
+        load[name, key] = contenders[name].play(own, LIMIT_S)
         tokens = sum(trace.events[-1][1] for trace in load[name, key] if trace.events)
         tell(
             f"{'open loop' if rate else f'burst {number + 1}'}: {name}, {key}: {tokens} tokens, "
             f"{perf_counter() - started:.1f} s"
         )
 
-    names = [name for name in answers if rate or number < (CONTENDERS[name].rounds or plan.rounds)]
+    names = [name for name in contenders if rate or number < (CONTENDERS[name].rounds or plan.rounds)]
     for place, workload in enumerate(plan.workloads):
         mixing = [name for name in names if CONTENDERS[name].mixes]
         first = (number + place) % max(1, len(mixing))
         for name in mixing[first:] + mixing[:first]:
-            await measure(name, workload, workload)
+            measure(name, workload, workload)
     for name in names:
         if not CONTENDERS[name].mixes:
-            await measure(name, plan.workloads[0], ALL)
+            measure(name, plan.workloads[0], ALL)
     return load
 
 
@@ -217,33 +219,18 @@ def summaries(
     return found
 
 
-class Bar(NamedTuple):
-    """How many times as fast as others the engine has to be, at the least."""
-
-    what: str
-    others: tuple[str, ...]
-    """Ways to do the same; the fastest of them counts."""
-    times: float
-
-
 def ratios(setup: Setup, workload: str, bursts: Sequence[Load]) -> list[dict[str, Any]]:
     """The engine's speed of decoding beside that of others, taken within a round: medians over the rounds of both.
 
-    Each is a `verdict`, and `against` says whose speed counts.
+    Each is a `verdict`.
     """
-    bars = (
-        Bar(BASE, (BASE,), 0.85),
-        Bar(PEFT, (PEFT,), 2.0),
-        Bar(ENSEMBLE, (ENSEMBLE, WIDE_ENSEMBLE), float(setup.ensemble)),
-    )
-    found = []
-    for what, others, times in bars:
-        medians = {other: median for other in others if (median := _ratio(setup, other, workload, bursts)) is not None}
-        if medians:
-            against = min(medians, key=medians.__getitem__)
-            row = verdict(f"engine / {what}, {workload}", medians[against], times, at_least=True)
-            found.append(row | {"against": against})
-    return found
+    bars = {BASE: 0.85, PEFT: 2.0, ENSEMBLE: float(setup.ensemble)}
+    medians = {other: _ratio(setup, other, workload, bursts) for other in bars}
+    return [
+        verdict(f"engine / {other}, {workload}", median, bars[other], at_least=True)
+        for other, median in medians.items()
+        if median is not None
+    ]
 
 
 def _ratio(setup: Setup, other: str, workload: str, bursts: Sequence[Load]) -> float | None:
