@@ -146,10 +146,7 @@ def serve(
         chosen = device.value if device else _device_of(directory)
         serving.check_device(chosen)
         settings = {"run_dir": directory.uri, "device": chosen, "start_attempts": 1}
-        arguments = read_arguments(settings, assignments or [])
-        by_default = "gpus_per_replica" not in arguments.model_fields_set
-        if by_default and arguments.vllm is None and chosen == Device.CUDA.value:
-            arguments = arguments.model_copy(update={"gpus_per_replica": 1})
+        arguments = serving.own_share(read_arguments(settings, assignments or []), pipeline.local_cpus())
         serving.check_keys(arguments, host)
         with serving.reserved_port(host, port) as port, pipeline.disconnecting():
             application = serving.build(arguments)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+import joblib
 import ray
 from rich.console import Console
 from rich.markup import escape
@@ -153,6 +154,11 @@ STAGES = (
 )
 
 
+def local_cpus() -> int:
+    """CPUs of a local Ray: those that this process may use, by affinity and a container's quota, and two at least."""
+    return max(2, joblib.cpu_count())
+
+
 def connect(device: str) -> None:
     """Join the Ray cluster that RAY_ADDRESS names, or start a local one; nothing happens when already connected."""
     if ray.is_initialized():
@@ -172,7 +178,7 @@ def connect(device: str) -> None:
     with _keeping_sigterm():
         ray.init(
             address="local",
-            num_cpus=max(2, os.cpu_count() or 2),
+            num_cpus=local_cpus(),
             include_dashboard=False,
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             **quiet,

@@ -7,7 +7,8 @@ replicas that start again, or for the way back.
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from gradientspace_ray.registry import (
@@ -134,16 +135,33 @@ def _folders(registry: Registry) -> dict[str, tuple[str, ...]]:
 
 
 def _gather(source: RunDirectory, registry: Registry, target: Path) -> list[str]:
-    """Copy a registry's files into a local folder, and say what is wrong with them."""
+    """Copy a registry's files into a local folder, and say what is wrong with them.
+
+    Raises:
+        ReleaseError: a file is there and cannot be read.
+        OSError: the local folder cannot be written.
+    """
     problems = []
     for folder, names in _folders(registry).items():
-        found = source.sizes(folder)
+        with _blaming(source, folder):
+            found = source.sizes(folder)
         pickled = [name for name in found if PurePosixPath(name).suffix in PICKLED]
         problems += [f"{folder}/{name}: only safetensors are served; remove it, it can run code" for name in pickled]
         (target / folder).mkdir(parents=True, exist_ok=True)
         for name in found.keys() & set(names):
-            (target / folder / name).write_bytes(source.read_view(f"{folder}/{name}"))
+            with _blaming(source, f"{folder}/{name}"):
+                content = source.read_view(f"{folder}/{name}")
+            (target / folder / name).write_bytes(content)
     return problems + file_problems(registry, target)
+
+
+@contextmanager
+def _blaming(source: RunDirectory, place: str) -> Iterator[None]:
+    try:
+        yield
+    except (RunError, OSError) as error:
+        reason = shown(str(error).splitlines()[0])
+        raise ReleaseError(f"{shown(source.uri)}: {place} cannot be read ({reason})") from error
 
 
 def _is_whole(served: RunDirectory, folder: str, registry: Registry) -> bool:

@@ -246,7 +246,7 @@ def _stored(run: RunDirectory) -> Releases | None:
     except RunError as error:
         cause = error.__cause__
         reason = cause.errors(include_url=False)[0]["msg"] if isinstance(cause, ValidationError) else str(error)
-        mend = "delete it, and the endpoint begins again with the release that it was started with"
+        mend = "delete it and start the endpoint again, with the release that its run directory holds"
         raise ReleaseError(f"{run.path(RELEASES)} is damaged ({reason}); {mend}") from error
 
 

@@ -1,7 +1,9 @@
+import shutil
 import threading
 import time
 
 import pytest
+import torch
 from tiny_run import make_adapter
 
 from gradientspace_ray.engine import adapters as module
@@ -40,6 +42,16 @@ def test_what_fails_is_not_held_and_read_again(folder, tmp_path):
     refused.clear()
     assert host.get(AdapterFiles("b@0", folder)).keys() == read_adapter(folder).keys()
     assert host.held() == ["b@0"]
+
+
+def test_what_is_held_stays_when_the_file_is_overwritten_in_place(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "adapter")
+    held = HostCache().get(AdapterFiles("a@0", copied))
+    weights = copied / "adapter_model.safetensors"
+    with weights.open("r+b") as file:
+        file.write(bytes(weights.stat().st_size))
+    for name, matrices in read_adapter(folder).items():
+        assert all(map(torch.equal, held[name], matrices))
 
 
 def test_one_adapter_is_read_once_and_others_meanwhile(folder, monkeypatch):

@@ -213,6 +213,32 @@ def test_the_run_s_device_is_the_default(capsys, monkeypatch, pipeline, run_dir,
     assert (missing in gradientspace(capsys, "serve", run_dir, "--port", 0, *option)[2]) == (device == "cuda")
 
 
+@pytest.mark.parametrize(
+    ("cpus", "threads", "address", "more", "expected"),
+    [
+        (2, 2, None, {}, 1.7),
+        (2, 1, None, {}, 1),
+        (16, 8, None, {}, 8),
+        (16, 16, None, {"ingress_replicas": 3}, 15.5),
+        (2, 2, None, {"router_replicas": 9}, 1),
+        (16, 8, "auto", {}, 1),
+        (16, 8, None, {"max_replicas": 2}, 1),
+        (16, 8, None, {"cpus_per_replica": 4}, 4),
+        (16, 8, None, {"vllm": {}}, 1),
+        (16, 8, None, {"device": "cuda"}, 1),
+    ],
+)
+def test_a_single_replica_takes_what_its_own_machine_has(monkeypatch, cpus, threads, address, more, expected):
+    from gradientspace_ray.serving.app import own_share
+    from gradientspace_ray.serving.arguments import ServeArguments
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert own_share(ServeArguments(run_dir="x", **more), cpus).cpus_per_replica == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("key", [None, "secret"])
 def test_an_endpoint_says_where_it_is_and_how_to_ask_it(capsys, monkeypatch, key):
     monkeypatch.delenv(cli.API_KEY_ENV, raising=False)

@@ -349,7 +349,7 @@ def test_damaged_releases_are_told_in_one_line(tmp_path, damage, reason):
         load_or_begin(run, make_registry(0))
     assert str(error.value).startswith(f"{tmp_path}/releases.json is damaged (")
     assert str(error.value).endswith(
-        "delete it, and the endpoint begins again with the release that it was started with"
+        "delete it and start the endpoint again, with the release that its run directory holds"
     )
     assert "\n" not in str(error.value)
 

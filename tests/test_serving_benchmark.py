@@ -399,7 +399,7 @@ def test_a_small_run_has_every_number(modules, tiny_model_dir, tmp_path):
             assert found["errors"] == 0
             assert found["requests"] == (2 if name == "ensemble" else 9)
             assert min(found[number] for number in numbers) > 0
-    assert len(report["ratios"]) == 4 * 3 + 4
+    assert len(report["ratios"]) == 4 * 3 + 1 + 4
     text = io.StringIO()
     modules["serving_report"].show(report, Console(file=text, width=160))
     assert "more_experts_than_slots" in text.getvalue()

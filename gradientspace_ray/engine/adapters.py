@@ -12,7 +12,7 @@ from typing import Any
 
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from gradientspace_ray.engine.threads import in_passing_thread
@@ -62,7 +62,8 @@ def read_adapter(folder: str | Path) -> Matrices:
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-        weights = load_file(folder / WEIGHTS_FILE)
+        # Not mapped: what another run puts into the file later must not change what was read.
+        weights = load((folder / WEIGHTS_FILE).read_bytes())
     except (OSError, SafetensorError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
         raise ModelError(f"{folder}: not a PEFT adapter ({str(error).splitlines()[0]})") from error
     if not isinstance(config, dict):

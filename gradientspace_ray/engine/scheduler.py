@@ -70,7 +70,7 @@ class Engine:
     ) -> None:
         """Check that the model can be batched, and start the engine's thread.
 
-        On a CPU, load the model and make its engine `in_passing_thread`, which says why.
+        On a CPU, load the model and make its engine `in_passing_thread`; `engine.threads` says why.
 
         Args:
             model: the base model, its layers wrapped by `slots`. On a CPU its weights are packed, in place.

@@ -68,7 +68,7 @@ class SlottedLinear(nn.Module):
         super().__init__()
         self.base = base
         self._active = active
-        self.slots: list[tuple[Tensor, Tensor]]
+        self.views: list[tuple[Tensor, Tensor]]
         """A [R, I] and B [R, O] of every slot, as views: indexing anew costs about as much as a small product."""
         self.a_NIR: Tensor
         self.b_NRO: Tensor
@@ -91,8 +91,9 @@ class SlottedLinear(nn.Module):
         slot = self._active.slot
         if slot == BASE_SLOT:
             return y_NTO
-        a_RI, b_RO = self.slots[slot]
-        y_NTO.flatten(0, -2).addmm_(linear(x_NTI.flatten(0, -2), a_RI), b_RO.to(y_NTO.dtype))
+        a_RI, b_RO = self.views[slot]
+        # A view, or it raises: a copy would lose the adapter's part.
+        y_NTO.view(-1, y_NTO.shape[-1]).addmm_(linear(x_NTI.flatten(0, -2), a_RI), b_RO.to(y_NTO.dtype))
         return y_NTO
 
 
@@ -143,7 +144,7 @@ class Slots:
         self._viewed = 0
         """How many rows' copies the layers see."""
         for name, layer in self._layers.items():
-            layer.slots = list(zip(*map(torch.unbind, self._matrices(name, self._slots_SP)), strict=True))
+            layer.views = list(zip(*map(torch.unbind, self._matrices(name, self._slots_SP)), strict=True))
         self._slots = [_Slot() for _ in range(capacity + 1)]
         self._clock = itertools.count(1)
         self._lock = threading.Lock()
@@ -230,7 +231,7 @@ class Slots:
         if not all(self._fills(name, matrices) for name in self._layers):
             self._slots_SP[index].zero_()
         for name, (a_RI, b_OR) in matrices.items():
-            (to_a_RI, to_b_RO), rank = self._layers[name].slots[index], a_RI.shape[0]
+            (to_a_RI, to_b_RO), rank = self._layers[name].views[index], a_RI.shape[0]
             to_a_RI[:rank].copy_(a_RI)
             to_b_RO[:rank].copy_(b_OR.T)
         with self._lock:

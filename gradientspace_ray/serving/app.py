@@ -142,6 +142,28 @@ def check_device(device: str) -> None:
         )
 
 
+def own_share(arguments: ServeArguments, cpus: int) -> ServeArguments:
+    """What a replica of the experts takes of a machine where the arguments leave that open.
+
+    On a GPU that is one. On the CPUs of a machine of its own, a single replica takes what the router and the ingress
+    leave, and no more than PyTorch has threads; on a Ray cluster that others share it stays what `ServeArguments` says.
+
+    Args:
+        arguments: as they were given.
+        cpus: of a local Ray.
+    """
+    if arguments.vllm is not None:
+        return arguments
+    given = arguments.model_fields_set
+    if arguments.device == "cuda":
+        return arguments if "gpus_per_replica" in given else arguments.model_copy(update={"gpus_per_replica": 1})
+    if os.environ.get("RAY_ADDRESS") or "cpus_per_replica" in given or arguments.max_replicas > 1:
+        return arguments
+    others = INGRESS_CPUS * arguments.ingress_replicas + ROUTER_CPUS * arguments.router_replicas
+    left = min(float(torch.get_num_threads()), cpus - others)
+    return arguments.model_copy(update={"cpus_per_replica": max(1.0, round(left, 3))})
+
+
 @contextlib.contextmanager
 def endpoint(application: Application, host: str, port: int) -> Iterator[str]:
     """Serve on the Ray cluster that this process is connected to, for the length of the block.

@@ -67,7 +67,8 @@ class ServeArguments(BaseModel):
     router_replicas: Positive = 1
     ingress_replicas: Positive = 1
     cpus_per_replica: Amount = 1
-    """Of the experts, and as many threads of the model's products."""
+    """Of the experts, and, rounded up, the threads of the model's products. `gradientspace serve` takes what the
+    machine has, if there is one replica and no Ray cluster to join."""
     gpus_per_replica: Amount = 0
     """Of this package's engine; vLLM takes `vllm.tensor_parallel_size`."""
     max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 0

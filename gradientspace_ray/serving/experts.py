@@ -1,7 +1,9 @@
 """The experts deployment: one base model, and the experts in its slots."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 
 import torch
@@ -31,6 +33,8 @@ from gradientspace_ray.serving.prompts import PromptReader, parameter_of
 
 # The current release, the one before and a canary, on a replica of eight slots.
 HOST_ADAPTERS_PER_SLOT = 3
+# Adapters that are read at once, on threads of their own: a store that hangs keeps no other request waiting.
+READERS = 4
 
 
 def verify(adapter: AdapterFiles) -> None:
@@ -95,7 +99,7 @@ class Experts:
             RunChangedError: the generalist is gone, or another one is in its place.
         """
         if arguments.device == "cpu":
-            torch.set_num_threads(max(1, int(arguments.cpus_per_replica)))
+            torch.set_num_threads(max(1, math.ceil(arguments.cpus_per_replica)))
         tokenizer = load_tokenizer(registry.base_model)
         generalist = fetch(Place(registry.generalist.id, arguments.run_dir, registry.generalist.folder))
         self._host = HostCache(HOST_ADAPTERS_PER_SLOT * arguments.max_slots, verify)
@@ -119,7 +123,9 @@ class Experts:
         self._engine = in_passing_thread(start)
         self._reader = PromptReader(tokenizer)
         self._metrics = EngineMetrics()
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="adapters")
         self._places: dict[Place, AdapterFiles] = {}
+        self._reads: dict[Place, asyncio.Future[AdapterFiles]] = {}
         self._prefetches: set[asyncio.Task[None]] = set()
 
         @serve.multiplexed(max_num_models_per_replica=arguments.max_slots)
@@ -143,8 +149,9 @@ class Experts:
         adapter = None
         if request.adapter is not None:
             await self._hold(request.adapter.id)
-            adapter = await self._files(request.adapter)
         try:
+            if request.adapter is not None:
+                adapter = await self._held(request.adapter)
             if request.prefetch is not None:
                 self._prefetch(request.prefetch)
             async with aclosing(self._engine.submit(prompt_ids, request.sampling, adapter)) as pieces:
@@ -174,7 +181,7 @@ class Experts:
         problems = []
         for place in places:
             try:
-                await asyncio.to_thread(self._read, place)
+                await asyncio.get_running_loop().run_in_executor(self._readers, self._read, place)
             except (ModelError, RunChangedError) as error:
                 problems.append(str(error))
         return problems
@@ -193,8 +200,10 @@ class Experts:
         if not self._engine.healthy:
             raise RuntimeError("the engine answers nobody: its thread has ended or is stuck, or all of its steps fail")
 
-    def _read(self, place: Place) -> None:
-        self._host.get(fetch(place))
+    def _read(self, place: Place) -> AdapterFiles:
+        files = fetch(place)
+        self._host.get(files)
+        return files
 
     def _checked_prompt(self, prompt: Prompt) -> list[int] | Refused:
         """The tokens of a prompt that the model can read; no adapter is fetched for another one."""
@@ -210,10 +219,22 @@ class Experts:
             return Refused(str(error), "invalid_value", parameter)
         return prompt_ids
 
-    async def _files(self, place: Place) -> AdapterFiles:
-        if place not in self._places:
-            self._places[place] = await asyncio.to_thread(fetch, place)
-        return self._places[place]
+    async def _held(self, place: Place) -> AdapterFiles:
+        """An adapter in host memory, read once however many ask for it meanwhile."""
+        if place in self._places and self._host.peek(place.id) is not None:
+            return self._places[place]
+        read = self._reads.get(place)
+        if read is None:
+            read = asyncio.get_running_loop().run_in_executor(self._readers, self._read, place)
+            self._reads[place] = read
+            read.add_done_callback(lambda ended: self._ended(place, ended))
+        # Whoever leaves does not end it for the others.
+        return await asyncio.shield(read)
+
+    def _ended(self, place: Place, read: asyncio.Future[AdapterFiles]) -> None:
+        del self._reads[place]
+        if not read.cancelled() and read.exception() is None:
+            self._places[place] = read.result()
 
     def _prefetch(self, place: Place) -> None:
         """Have the router's second choice read while the first one answers."""
@@ -221,8 +242,8 @@ class Experts:
             return
 
         async def read() -> None:
-            with suppress(RunChangedError):  # said to whoever asks for it
-                await self._engine.prefetch(await self._files(place))
+            with suppress(RunChangedError, ModelError):  # said to whoever asks for it
+                await self._engine.prefetch(await self._held(place))
 
         task = asyncio.create_task(read())
         self._prefetches.add(task)

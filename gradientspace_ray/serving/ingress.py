@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -57,9 +58,8 @@ from gradientspace_ray.serving.openai_requests import SamplingParameters
 from gradientspace_ray.serving.openapi import openapi_document
 from gradientspace_ray.serving.request_log import RequestRecord
 
-ANNOUNCE_TIMEOUT_S, PREPARE_TIMEOUT_S = 30.0, 300.0
 # A request has its place, and its key's, while its body comes.
-BODY_TIMEOUT_S = 60.0
+ANNOUNCE_S, PREPARE_S, BODY_S = 30.0, 300.0, 60.0
 JSON = "application/json"
 OPENAPI = openapi_document(version("gradientspace-ray"))
 Who = TypeVar("Who")
@@ -101,7 +101,7 @@ async def _explain_failure(request: Request, error: Exception) -> Response:
     return await _explain(request, server_error())
 
 
-async def _read_body(request: Request, most_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+async def _read_body(request: Request, most_bytes: int, timeout_s: float = BODY_S) -> bytes:
     """The body, as JSON alone: what it is else, a page of any web site may send unasked, to a visitor's own machine."""
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != JSON:
@@ -110,8 +110,8 @@ async def _read_body(request: Request, most_bytes: int, timeout_s: float = BODY_
     try:
         return await asyncio.wait_for(_read_parts(request, most_bytes), timeout_s)
     except asyncio.TimeoutError as error:
-        message = f"the body did not come within {timeout_s:g} s; send it again"
-        raise ApiError(408, message, code="request_timeout") from error
+        late = f"the body did not come within {timeout_s:g} s; send it again"
+        raise ApiError(408, late, code="request_timeout") from error
 
 
 async def _read_parts(request: Request, most_bytes: int) -> bytes:
@@ -132,9 +132,8 @@ async def _announce() -> None:
     One that dies meanwhile reads them when it starts again, one that does not answer at its next check of health.
     """
     handle = await asyncio.to_thread(serve.get_deployment_handle, "Ingress")  # it asks the controller, and waits
-    replicas = handle.broadcast("refresh")
     try:
-        answers = await replicas.results_async(timeout_s=ANNOUNCE_TIMEOUT_S, return_exceptions=True)
+        answers = await handle.broadcast("refresh").results_async(timeout_s=ANNOUNCE_S, return_exceptions=True)
     except TimeoutError as error:
         answers = [error]
     for answer in answers:
@@ -142,8 +141,25 @@ async def _announce() -> None:
             logger.warning("a replica has not read the changed releases yet", exc_info=answer)
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What an admin gets where releases cannot be read or changed."""
+    try:
+        yield
+    except ReleaseConflictError as error:
+        raise ApiError(409, str(error), code="release_conflict") from error
+    except ReleaseError as error:
+        raise bad_request(str(error), code="release_refused") from error
+    except FAILURES as error:
+        raise as_api_error(error) from error
+    except OSError as error:
+        logger.error("the releases cannot be read or written", exc_info=error)
+        reason = error.strerror or "no reason given"
+        raise server_error(f"the served run directory cannot be read or written ({reason})", retry=False) from error
+
+
 def _state(state: Releases) -> Response:
-    return Response(state.model_dump_json(), media_type="application/json")
+    return Response(state.model_dump_json(), media_type=JSON)
 
 
 # Serve copies the app, with the globals that its routes use, at this point: everything else must be defined above.
@@ -185,6 +201,7 @@ class Ingress:
         self._metrics = IngressMetrics()
         request_log.configure()
         self._started = int(time.time())
+        self._rereading: asyncio.Task[None] | None = None
 
     @app.get("/")
     async def playground(self) -> Response:
@@ -193,7 +210,7 @@ class Ingress:
 
     @app.get("/health")
     async def health(self) -> Response:
-        """Whether the endpoint takes requests; needs no API key."""
+        """Whether this process answers; needs no API key. Experts that are not there show in what requests get."""
         return JSONResponse({"status": "ok"})
 
     @app.get("/openapi.json")
@@ -239,7 +256,8 @@ class Ingress:
     async def releases(self, request: Request) -> Response:
         """Which releases answer."""
         self._admin(request)
-        return _state(await asyncio.to_thread(self._board.refresh))
+        with _explained():
+            return _state(await asyncio.to_thread(self._board.refresh))
 
     @app.post("/admin/releases")
     async def publish(self, request: Request) -> Response:
@@ -268,26 +286,16 @@ class Ingress:
     async def _change(self, change: Callable[[Releases], Releases]) -> Response:
         """Make, prepare, commit and announce a change of the releases; requests go on meanwhile.
 
-        Of two changes at once the one that is committed first stays, so that a rollback waits for no publication.
+        Of two changes at once the one committed first stays, so that a rollback waits for no publication.
         """
-        before = await asyncio.to_thread(self._board.refresh)
-        try:
+        with _explained():
+            before = await asyncio.to_thread(self._board.refresh)
             after = await asyncio.to_thread(change, before)
             for release in (after.current, after.canary):
                 if release is not None and release not in before.live:
                     await self._prepare(release)
             after = await asyncio.to_thread(commit, self._board.run, before, after)
-        except ReleaseConflictError as error:
-            raise ApiError(409, str(error), code="release_conflict") from error
-        except ReleaseError as error:
-            raise bad_request(str(error), code="release_refused") from error
-        except FAILURES as error:
-            raise as_api_error(error) from error
-        except OSError as error:
-            logger.error("the releases cannot be written", exc_info=error)
-            message = f"the run directory that is served cannot be written ({error.strerror or 'no reason given'})"
-            raise server_error(message, retry=False) from error
-        await asyncio.to_thread(self._board.refresh)
+        await self._reread()
         await _announce()
         return _state(after)
 
@@ -300,11 +308,11 @@ class Ingress:
         places = self._board.places(release)
         for handle, what in ((self._experts, places), (self._router, self._board.router(release))):
             try:
-                found = await handle.broadcast("prepare", what).results_async(timeout_s=PREPARE_TIMEOUT_S)
+                found = await handle.broadcast("prepare", what).results_async(timeout_s=PREPARE_S)
             except DeploymentUnavailableError:  # no replica while nobody asks; the next one loads what it is asked for
                 continue
             except TimeoutError as error:
-                late = f"a replica has not loaded the release within {PREPARE_TIMEOUT_S:g} s"
+                late = f"a replica has not loaded the release within {PREPARE_S:g} s"
                 raise ReleaseError(f"{late}; try again, what is copied is kept") from error
             problems = [problem for replica in found for problem in replica]
             if problems:
@@ -318,10 +326,15 @@ class Ingress:
         return state.revision
 
     async def check_health(self) -> None:
-        """Serve asks every ten seconds: a replica that missed a change of the releases reads it here.
+        """A replica that missed a change of the releases reads it when Serve asks, every ten seconds.
 
-        One that cannot read it goes on with what it knows: another replica could not even start.
+        That is not waited for: a store that hangs takes no replica away, for another one could not even start.
         """
+        if not self._rereading or self._rereading.done():
+            self._rereading = asyncio.create_task(self._reread())
+
+    async def _reread(self) -> None:
+        """Read the releases again, or go on with what is known."""
         try:
             await self.refresh()
         except (ReleaseError, OSError) as error:
@@ -379,9 +392,9 @@ class Ingress:
             raise unauthorised(str(error)) from error
 
     def _model(self, entry: Listed) -> dict[str, Any]:
-        base_model = entry.release.registry.base_model
+        base_model, adapter = entry.release.registry.base_model, entry.adapter
         details: dict[str, Any] = {"root": base_model}
-        if entry.adapter is not None:
-            details = {"root": entry.adapter.id, "parent": base_model}
-            details["metadata"] = {"title": entry.adapter.title, "examples": entry.adapter.examples}
+        if adapter is not None:
+            details = {"root": adapter.id, "parent": base_model}
+            details["metadata"] = {"title": adapter.title, "examples": adapter.examples}
         return model_object(entry.id, self._started, **details, release=entry.release.id)

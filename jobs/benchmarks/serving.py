@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=_range, default=(24, 40), metavar="A-B", help="of an answer; default: 24-40")
     parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="bursts; default: 3")
     parser.add_argument("--rate", type=float, metavar="X", help="requests a second; default: 0.6 of what base_only can")
-    parser.add_argument("--endpoint-pairs", type=_positive, default=60, metavar="N", help="prompts; default: 60")
+    parser.add_argument("--endpoint-pairs", type=_positive, default=100, metavar="N", help="prompts; default: 100")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for adapters; default: the system's place")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), metavar="N", help="PyTorch's")
     if parser.parse_args(arguments).quick:
@@ -190,6 +190,8 @@ def measured(options: argparse.Namespace, console: Console, scratch: Path) -> di
     if LOAD in options.parts:
         plan = plan_of(options, prompts[:needed])
         report |= compare(setup, plan, options.contenders, console.print)
+        failed = sum(found["errors"] for contenders in report["workloads"].values() for found in contenders.values())
+        report["ratios"].append(verdict("requests that failed", failed, 0, at_least=False))
         rate = report["rate_per_second"]
     if SLOTS in options.parts:
         report["slot_load_ms"] = slot_loads(setup, SLOT_ROUNDS)

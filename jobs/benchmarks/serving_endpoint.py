@@ -19,7 +19,7 @@ import ray
 from serving_load import AnswerError, Messages, percentile
 from sketch_methods import answer as print_answer
 
-from gradientspace_ray.serving.app import ServeArguments, build, endpoint, reserved_port
+from gradientspace_ray.serving.app import ServeArguments, build, endpoint, own_share, reserved_port
 
 AUTO, BASE = "auto", "base"
 ROUTER_HEADER = "x-gradientspace-router-ms"
@@ -52,9 +52,10 @@ class Reply(NamedTuple):
 
 def measure(job: Job) -> dict[str, Any]:
     """The report's part: `alone`, `open_loop` and their settings."""
-    ray.init(address="local", num_cpus=max(2, job.threads), include_dashboard=False, log_to_driver=False)
+    cpus = max(2, job.threads)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     try:
-        arguments = ServeArguments(run_dir=job.run_dir, max_slots=job.slots, cpus_per_replica=1)
+        arguments = own_share(ServeArguments(run_dir=job.run_dir, max_slots=job.slots), cpus)
         with reserved_port(HOST, 0) as port, endpoint(build(arguments), HOST, port) as url:
             return asyncio.run(_ask_all(job, url))
     finally:
@@ -62,8 +63,9 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 async def _ask_all(job: Job, url: str) -> dict[str, Any]:
-    warm, pairs = job.prompts[: len(job.prompts) // 3], job.prompts[len(job.prompts) // 3 :]
-    half = len(pairs) // 2
+    # Most for the open loop, where times differ most.
+    counts = len(job.prompts) // 10 + 1, len(job.prompts) // 4
+    warm, lone, others = job.prompts[: counts[0]], job.prompts[counts[0] : sum(counts)], job.prompts[sum(counts) :]
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         experts = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
         for model in experts:  # in a slot, and what all prompts begin with in the prefix cache, as the base model's is
@@ -72,10 +74,9 @@ async def _ask_all(job: Job, url: str) -> dict[str, Any]:
             for model in (AUTO, BASE):
                 await ask(client, model, messages, 2)
         alone = [
-            [await ask(client, model, messages, 2) for model in in_turn(number)]
-            for number, messages in enumerate(pairs[:half])
+            [await ask(client, model, messages, 2) for model in in_turn(number)] for number, messages in enumerate(lone)
         ]
-        opened = await _open_loop(client, job, pairs[half:])
+        opened = await _open_loop(client, job, others)
     return {
         "alone": compared(alone),
         "open_loop": compared(opened) | {"rate_per_second": round(job.rate, 3)},

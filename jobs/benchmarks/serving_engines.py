@@ -96,7 +96,7 @@ def copy_of(model: PreTrainedModel, attention: str | None = None) -> PreTrainedM
 
 @asynccontextmanager
 async def engine(setup: Setup, base_only: bool = False) -> AsyncIterator[Answer]:
-    """The project's engine. Its prefix cache is off: prompts of a benchmark come again, those of users do not.
+    """The project's engine. Its prefix cache is off: the others have none.
 
     Args:
         setup: see there.

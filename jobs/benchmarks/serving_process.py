@@ -76,10 +76,16 @@ class ContenderProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close the contender and end its process."""
+        """Close the contender and end its process.
+
+        Raises:
+            MethodError: the process had ended before, and nothing else went wrong.
+        """
         try:
-            if kind is None:
-                self._call(_end)
+            self._call(_end)
+        except MethodError:
+            if error is None:
+                raise
         finally:
             self._process.shutdown()
 

@@ -65,5 +65,6 @@ def _bars_table(report: dict[str, Any]) -> Table:
     for heading in ("value", "bar", ""):
         table.add_column(heading, justify="right")
     for row in report["ratios"]:
-        table.add_row(row["what"], f"{row['value']:.3g}", row["bar"], "ok" if row["ok"] else "NOT OK")
+        held = {True: "ok", False: "NOT OK", None: "for reference"}[row["ok"]]
+        table.add_row(row["what"], f"{row['value']:.3g}", row["bar"], held)
     return table
