@@ -17,11 +17,12 @@ from gradientspace_ray.engine.adapters import AdapterFiles
 from gradientspace_ray.engine.contract import Sampling
 from gradientspace_ray.models.loading import ModelError
 from gradientspace_ray.registry import read_registry
+from gradientspace_ray.releases import ReleaseConflictError, ReleaseError
 from gradientspace_ray.serving import experts as module
 from gradientspace_ray.serving.api_errors import ApiError
 from gradientspace_ray.serving.arguments import ServeArguments
 from gradientspace_ray.serving.experts import Experts, _compute_dtype, fetch
-from gradientspace_ray.serving.ingress import Ingress, _read_body
+from gradientspace_ray.serving.ingress import Ingress, _explained, _read_body
 from gradientspace_ray.serving.messages import Generation, Place, RunChangedError, Started
 
 AGAIN = "; release the run again: gradientspace release RUN_DIR$"
@@ -148,6 +149,21 @@ def test_the_engine_s_thread_is_the_only_one_with_a_team(run):
     """See `engine.threads`: a second team, on whatever thread, would slow down each step."""
     counted = subprocess.run([sys.executable, "-c", TEAMS, run.path()], capture_output=True, text=True, check=True)
     assert counted.stdout.split() == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ReleaseConflictError("changed meanwhile"), 409, "changed meanwhile"),
+        (ReleaseError("releases.json is damaged"), 400, "releases.json is damaged"),
+        (PermissionError(13, "Permission denied"), 500, "the served run directory cannot be read or written (Perm"),
+    ],
+)
+def test_an_admin_hears_what_keeps_releases_from_being_read_or_changed(error, status, text):
+    with pytest.raises(ApiError) as caught, _explained():
+        raise error
+    assert caught.value.status == status
+    assert str(caught.value).startswith(text)
 
 
 def test_a_health_check_waits_for_no_store():

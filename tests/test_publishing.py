@@ -96,6 +96,22 @@ def test_a_kept_release_is_a_run_directory_that_can_be_published_again(tmp_path)
     assert (back.current.id, back.previous.id) == (state.previous.id, state.current.id)
 
 
+def test_a_file_of_the_other_run_that_cannot_be_read_is_said_to_be_that_run_s(tmp_path, monkeypatch):
+    served, registry = make_small_run(tmp_path / "served", 0)
+    other, _ = make_small_run(tmp_path / "other", 1)
+    read_view = RunDirectory.read_view
+
+    def refuse(self, name):
+        if self.uri == other.uri and name.startswith("router/"):
+            raise PermissionError(13, "Permission denied")
+        return read_view(self, name)
+
+    monkeypatch.setattr(RunDirectory, "read_view", refuse)
+    with pytest.raises(ReleaseError, match=rf"^{other.uri}: router/\S+ cannot be read \(.*Permission denied\)$"):
+        publish_run(served, load_or_begin(served, registry), other.uri)
+    assert not served.exists("releases.json")
+
+
 def test_the_same_run_made_again_is_published_over_itself_when_what_is_served_was_kept_before(new_place, tmp_path):
     served, registry = make_small_run(new_place(), 0)
     own = keep(served, served, own_release(served, registry))

@@ -24,15 +24,8 @@ from gradientspace_ray.engine.adapters import read_adapter
 from gradientspace_ray.models.loading import ModelError, load_adapter, load_base
 
 MODULES = ("serving", "serving_report", "serving_workloads", "serving_endpoint", "serving_setup", "serving_peers")
-MODULES += (
-    "serving_engines",
-    "serving_load",
-    "serving_process",
-    "gradients",
-    "gradient_methods",
-    "gradient_task",
-    "sketch_methods",
-)
+MODULES += ("serving_engines", "serving_load", "serving_process", "gradients", "gradient_methods", "gradient_task")
+MODULES += ("sketch_methods",)
 
 
 @pytest.fixture(scope="module")
@@ -336,11 +329,12 @@ def test_ratios_are_taken_within_a_round(modules, load, setup):
             ("engine", "zipf"): lockstep(own_s, 3),
             ("base_only", "zipf"): lockstep(base_s, 3),
             ("ensemble", "all"): lockstep(ensemble_s, 1),
+            ("ensemble_wide", "all"): lockstep(ensemble_s, 3),
         }
         for own_s, base_s, ensemble_s in ((0.1, 0.09, 0.1), (1.0, 0.5, 1.0), (0.2, 0.18, 0.4))
     ]
     found = {row["what"]: row for row in workloads.ratios(setup, "zipf", bursts)}
-    assert set(found) == {"engine / base_only, zipf", "engine / ensemble, zipf"}
+    assert set(found) == {f"engine / {other}, zipf" for other in ("base_only", "ensemble", "ensemble_wide")}
     assert found["engine / base_only, zipf"] == {
         "what": "engine / base_only, zipf",
         "value": 0.9,
@@ -349,6 +343,12 @@ def test_ratios_are_taken_within_a_round(modules, load, setup):
     }
     assert found["engine / ensemble, zipf"]["value"] == 3
     assert found["engine / ensemble, zipf"]["ok"]
+    wide = found["engine / ensemble_wide, zipf"]
+    assert (wide["value"], wide["bar"], wide["ok"]) == (1, None, None)
+    text = io.StringIO()
+    report = {"model": "m", "dtype": "d", "machine": {"threads": 1}, "ratios": [*found.values()]}
+    modules["serving_report"].show(report, Console(file=text, width=160))
+    assert text.getvalue().count("for reference") == 1
     failed = [{("engine", "zipf"): [], ("base_only", "zipf"): lockstep(1, 3)}]
     assert workloads.ratios(setup, "zipf", failed) == []
 

@@ -58,7 +58,7 @@ from gradientspace_ray.serving.openai_requests import SamplingParameters
 from gradientspace_ray.serving.openapi import openapi_document
 from gradientspace_ray.serving.request_log import RequestRecord
 
-# A request has its place, and its key's, while its body comes.
+# For replicas to hear of a release, for them to load it, and for a body, whose request has its place meanwhile.
 ANNOUNCE_S, PREPARE_S, BODY_S = 30.0, 300.0, 60.0
 JSON = "application/json"
 OPENAPI = openapi_document(version("gradientspace-ray"))

@@ -1,8 +1,8 @@
 """Who answers the requests: the engine, and other ways to generate with experts.
 
-All of them compute with the same weights, greedily, with as many threads; one has its turn at a time, and what opening
-one computes is done on a thread that ends. Static batches are the way of `generate`: requests that wait are taken
-together, the batch runs until its longest answer is done, and who comes meanwhile waits.
+All of them compute with the same weights, greedily, with as many threads; one has its turn at a time. They are opened
+on a thread that ends, see `gradientspace_ray.engine.threads`. Static batches are the way of `generate`: requests that
+wait are taken together, the batch runs until its longest answer is done, and who comes meanwhile waits.
 
 Shapes: K experts of an ensemble, P requests, N rows of a batch, T tokens, I and O input and output width of a layer,
 R LoRA rank, V vocabulary.
